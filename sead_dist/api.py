@@ -33,7 +33,7 @@ from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, known, total_loss
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runs import distillation, predicted_rows, prediction
-from sead_dist.runs.checks import refuse_untaught
+from sead_dist.runs.checks import reject_untaught
 from sead_dist.runs.claim import holds_run
 from sead_dist.runs.given import (
     NAMES,
@@ -156,7 +156,7 @@ def distill(
     with call() as world, ExitStack() as stack:
         asked = given_run(task, data, {**{k: v for k, v in given.items() if v is not None}, **keys})
         if not asked.config.encoders:
-            refuse_untaught(asked.config)
+            reject_untaught(asked.config)
         from_main(world, lambda: stack.enter_context(asked.keeping(holds_run)))
         stop = StopFlag(second=signal.default_int_handler)
         folder = distillation.distill(asked.config, world, stop=stop, console=False)

@@ -46,7 +46,7 @@ def type_of(given: object) -> str:
     return f"{type(given).__name__} ({' '.join(reprlib.repr(given).split())})"
 
 
-def refusal(message: str, error: BaseException) -> UserError | RunError:
+def rejection(message: str, error: BaseException) -> UserError | RunError:
     """The error to raise where a file or folder cannot be used. It is a RunError for a failure of
     the machine. Else it is a UserError (no such file, a file in place of a folder, other contents).
     """
@@ -91,7 +91,7 @@ def reading(path: Path | str, fix: str, name: str | None = None) -> Iterator[Non
     except (UserError, RunError):
         raise
     except Exception as error:
-        raise refusal(f"{name or path} cannot be read: {reason(error)}; {fix}", error) from error
+        raise rejection(f"{name or path} cannot be read: {reason(error)}; {fix}", error) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what libraries written in Rust raise
             raise

@@ -149,7 +149,7 @@ def add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--skip-malformed",
         action="store_true",
-        help="leave out rows that cannot be read (no text field, too few fields), and print their "
+        help="skip rows that cannot be read (no text field, too few fields), and print their "
         "number and their places",
     )
 

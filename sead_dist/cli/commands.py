@@ -42,14 +42,14 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
     config = load_config(words)
     if name == "distill":
         # this comes before the import of torch, which takes longer
-        from sead_dist.runs.checks import nothing_to_do, refuse_untaught
+        from sead_dist.runs.checks import nothing_to_do, reject_untaught
 
         done = None if "WORLD_SIZE" in os.environ else nothing_to_do(config)
         if done is not None:
             print(done, flush=True)
             return
         if not config.encoders:
-            refuse_untaught(config)
+            reject_untaught(config)
     with importing():
         from sead_dist.runs import distillation as recipes
         from sead_dist.runs.pool_worker import teach as fill_store

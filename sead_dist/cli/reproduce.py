@@ -20,7 +20,7 @@ from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.reporting.hub import check_push
 from sead_dist.reporting.run_files import read_run
-from sead_dist.runs.checks import refuse_unused_text, teacher_layers
+from sead_dist.runs.checks import reject_unused_text, teacher_layers
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runtime.console import print_table, table
 from sead_dist.runtime.distributed import World, from_main
@@ -127,7 +127,7 @@ def configure(checkpoint: PublishedCheckpoint, words: Sequence[str], teachers: i
             "leave task out, or use finetune and distill"
         )
     if not config.uses_teachers:
-        refuse_unused_text(config.model_copy(update={"encoders": []}))
+        reject_unused_text(config.model_copy(update={"encoders": []}))
     encoders = [entry for entry in config.encoders for _ in range(teachers)]
     return config.model_copy(update={"encoders": encoders})
 

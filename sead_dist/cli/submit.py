@@ -16,8 +16,8 @@ from sead_dist.cli.commands import attempt_recipe
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
-from sead_dist.reporting.hub import refuse_push
-from sead_dist.runs.checks import check_inputs, refuse_unused_text
+from sead_dist.reporting.hub import reject_push
+from sead_dist.runs.checks import check_inputs, reject_unused_text
 from sead_dist.runs.claim import already_finished, has_progress, remove_student_store, try_lock
 from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished
@@ -56,11 +56,11 @@ def runs_to_submit(words: Sequence[str], seeds: str | None) -> tuple[Path, list[
     Raises UserError for a mistake in the words, and for unlabelled text that no teacher labels.
     """
     config = load_config(words)
-    refuse_unused_text(config)
+    reject_unused_text(config)
     out = Path(config.output_dir)
     if seeds is None:
         return out, [RunToSubmit(out.absolute().name, tuple(words), config)]
-    refuse_push(config, "--seeds")
+    reject_push(config, "--seeds")
     made = []
     for seed in parse_seeds(seeds):
         own = (*words, f"seed={seed}", f"output_dir={out / f'seed-{seed}'}")

@@ -1,6 +1,6 @@
 """Names that keys and files had, and those that they have: the one map.
 
-It serves the refusal of an old key, and the reading of what was written with old names.
+It serves the rejection of an old key, and the reading of what was written with old names.
 """
 
 from collections.abc import Iterable, Mapping

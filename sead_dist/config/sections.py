@@ -30,7 +30,7 @@ def writable(text: str) -> bool:
 
 
 def allowed_name(name: Any, allowed: Sequence[str]) -> Any:
-    """The name, where it is one of these; as a Literal of pydantic refuses others."""
+    """The name, where it is one of these; as a Literal of pydantic rejects others."""
     if name not in allowed:
         raise PydanticKnownError("literal_error", {"expected": expected(allowed)})
     return name
@@ -42,7 +42,7 @@ def one_of(what: str, *more: str) -> BeforeValidator:
 
 
 class Section(BaseModel):
-    """A group of keys. Keys that are not known, infinities and NaN are refused."""
+    """A group of keys. Keys that are not known, infinities and NaN are rejected."""
 
     model_config = ConfigDict(
         extra="forbid",

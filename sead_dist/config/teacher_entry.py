@@ -155,8 +155,9 @@ class TeacherConfig(Section):
     weight: Annotated[float, Field(ge=0)] = 1.0
     """its weight, with ensemble=fixed"""
     calibrate: Literal["on", "off"] | None = None
-    """on | off: whether a temperature is fitted to its logits on the selection split, if it answers
-    at least 200 rows there; null: on for files of predictions and language models, else off"""
+    """on | off: whether a temperature is fitted to its logits on the selection split, if it
+    predicts at least 200 rows there; null: on for files of predictions and language models, else
+    off"""
     id: str | None = None
     """of a file: the column of the ids that `sead-dist labels --rows` writes; null: rows are found
     by the task's text columns, else by `id`"""
@@ -168,13 +169,13 @@ class TeacherConfig(Section):
     annotator: str | None = None
     """of a file: the column that names whose vote a row is; null: annotator or sample, if any"""
     abstain: tuple[str, ...] = ()
-    """of a file: what stands for no answer, such as [unsure, ""]"""
+    """of a file: what stands for no prediction, such as [unsure, ""]"""
     unknown: Literal["refuse", "skip"] = "refuse"
     """refuse | skip: of a file, labels that the task does not have; refuse: they are an error;
-    skip: their rows have no answer"""
+    skip: their rows have no prediction"""
     duplicates: Literal["refuse", "mean"] = "refuse"
-    """refuse | mean: of a file, different answers for one row; refuse: they are an error; mean:
-    their mean is the answer"""
+    """refuse | mean: of a file, different predictions of one row; refuse: they are an error; mean:
+    their mean is the prediction"""
     smoothing: Annotated[float, Field(ge=0, le=MANY)] = 0.1
     """of a file: what is added to the votes of each class"""
     prompt: Annotated[str | None, Field(min_length=1)] = None

@@ -71,7 +71,7 @@ def build_examples(
 ) -> ExampleSet:
     """The examples of `rows`. labelled: True: each row needs a label. False: labels are not read.
     None: a label is read where there is one. first: the place of the first row in its file.
-    skipped: with it, rows that cannot be read are left out, and their errors are added to it.
+    skipped: with it, rows that cannot be read are skipped, and their errors are added to it.
 
     Raises UserError (split, row from 1, value, what is allowed) for a missing column, a text that
     is not a text, a label outside the set and a split without rows.

@@ -111,7 +111,7 @@ def _reads_label(task: TaskSpec, flat: Row, where: str, labelled: bool | None) -
     if labelled is not None:
         return labelled
     if task.label_column not in flat:
-        _refuse_misspelt_label(task, flat, where)
+        _reject_misspelt_label(task, flat, where)
     return not _lacks_label(task, flat)
 
 
@@ -178,7 +178,7 @@ def _label(task: TaskSpec, flat: Row, where: str) -> Any:
     return flat[task.label_column]
 
 
-def _refuse_misspelt_label(task: TaskSpec, flat: Row, where: str) -> None:
+def _reject_misspelt_label(task: TaskSpec, flat: Row, where: str) -> None:
     """Raises UserError for a column whose name is the label column's except for capitals, blanks
     and hyphens. Without the error, the row would count as one without a gold label."""
     wanted = normalise_label(task.label_column)

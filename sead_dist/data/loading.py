@@ -23,7 +23,7 @@ from sead_dist.data.text_files import (
     is_array,
     json_stream,
     kind_of,
-    refuse_twins,
+    reject_twins,
     rows_of_text,
     tsv_stream,
 )
@@ -197,7 +197,7 @@ def row_chunks(
 
 
 def _parquet_chunks(path: Path, task: TaskSpec, size: int) -> Iterator[Rows]:
-    _refuse_twin_fields(pq.read_schema(path), f"data file {path}")
+    _reject_twin_fields(pq.read_schema(path), f"data file {path}")
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(size):
             table = pa.Table.from_batches([batch], file.schema_arrow)
@@ -205,13 +205,13 @@ def _parquet_chunks(path: Path, task: TaskSpec, size: int) -> Iterator[Rows]:
             yield table_rows(table, task, f"data file {path}")
 
 
-def _refuse_twin_fields(schema: Any, where: str) -> None:
+def _reject_twin_fields(schema: Any, where: str) -> None:
     """Raises UserError where two columns, or two fields nested in a column, have one name."""
-    refuse_twins([field.name for field in schema], where, "column")
+    reject_twins([field.name for field in schema], where, "column")
     kinds = [field.type for field in schema]
     for kind in kinds:
         if pa.types.is_struct(kind):
-            _refuse_twin_fields(list(kind), where)
+            _reject_twin_fields(list(kind), where)
         elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
             kinds.append(kind.value_type)
 
@@ -221,7 +221,7 @@ def _binary_rows(path: Path, task: TaskSpec) -> Rows:
     with pa.BufferReader(read_bytes(path)) if packed else pa.memory_map(str(path)) as source:
         if kind_of(path) == ".parquet":
             # before the table is read, which fails on twins with a message of its own
-            _refuse_twin_fields(pq.read_schema(source), f"data file {path}")
+            _reject_twin_fields(pq.read_schema(source), f"data file {path}")
             source.seek(0)
             table = pq.read_table(source)
         else:
@@ -296,7 +296,7 @@ def table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
 
     The names count because their order need not be the task's. Some names may occur in no row.
     """
-    _refuse_twin_fields(table.schema, where)
+    _reject_twin_fields(table.schema, where)
     rows: Rows = table.to_pylist()
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     columns = {task.label_column, *(o for o, t in task.renames.items() if t == task.label_column)}
@@ -313,7 +313,7 @@ def table_rows(table: Any, task: TaskSpec, where: str) -> Rows:
 def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
     """Whether the names of a ClassLabel say what its numbers mean. Names do where a file may
     hold each of them, numbers too (`datasets` sorts these as texts: 0, 1, 10, 2). Else they do
-    where one is not a number. Then a class that the task lacks is refused by its name."""
+    where one is not a number. Then a class that the task lacks is rejected by its name."""
     if all(task.task_kind.is_label(task, name) for name in names):
         return True
     return task.task_kind.head_of_labels and any(number_name(name) is None for name in names)

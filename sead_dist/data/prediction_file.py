@@ -174,17 +174,17 @@ def read_values(sheet: Sheet, keys: Sequence[Key]) -> tuple[list[Answer], list[s
             for number, (key, values_C) in enumerate(zip(keys, values, strict=True), 1)
             if values_C is not None
         ]
-    refuse_unknown(sheet)
+    reject_unknown(sheet)
     notes += [
-        f"{counted(count, 'row')} without an answer ({what!r})"
+        f"{counted(count, 'row')} without a prediction ({what!r})"
         for what, count in sheet.unanswered.items()
     ]
     if sheet.unknown:
         notes.append(f"labels that the task does not have are skipped: {counts(sheet.unknown)}")
     if not answers:
         raise UserError(
-            f"{sheet.path} has no answer for any row: each one is missing or an unknown label; add "
-            "answers, shorten the list of abstain, or map the labels (labels: {NAME: LABEL})"
+            f"{sheet.path} has no prediction of any row: each one is missing or an unknown label; "
+            "add some, shorten the list of abstain, or map the labels (labels: {NAME: LABEL})"
         )
     return answers, notes
 
@@ -226,14 +226,14 @@ def kind_of_values(sheet: Sheet) -> str:
     return "labels"
 
 
-def refuse_unknown(sheet: Sheet) -> None:
+def reject_unknown(sheet: Sheet) -> None:
     """Raises UserError for labels that the task lacks, unless the entry allows them."""
     if sheet.unknown and sheet.entry.unknown == "refuse":
         raise UserError(
             f"{sheet.path} has labels that task {sheet.task.name} does not have: "
             f"{counts(sheet.unknown)}; its labels: {', '.join(sheet.task.labels)}; map them "
-            "(labels: {NAME: LABEL}), declare them as no answer (abstain: [NAME]), or skip them "
-            "(unknown: skip)"
+            "(labels: {NAME: LABEL}), declare them as no prediction (abstain: [NAME]), or skip "
+            "them (unknown: skip)"
         )
 
 
@@ -245,7 +245,7 @@ def merged(
     answers: Sequence[tuple[Key, int, np.ndarray]],
     notes: list[str],
 ) -> PredictionFile:
-    """One answer for each key. Raises UserError where two differ and are not averaged."""
+    """One prediction for each key. Raises UserError where two differ and are not averaged."""
     of_key: dict[Key, list[tuple[int, np.ndarray]]] = {}
     for key, row, values_C in answers:
         of_key.setdefault(key, []).append((row, values_C))
@@ -260,13 +260,14 @@ def merged(
         if entry.duplicates == "refuse":
             what, other = key if isinstance(key, str) else key[0], found[alike.index(False)][0]
             raise UserError(
-                f"{path}: rows {found[0][0]} and {other} hold different answers for {what[:60]!r}; "
-                "remove one, or give duplicates: mean, or annotator: COLUMN if they are votes"
+                f"{path}: rows {found[0][0]} and {other} hold different predictions of "
+                f"{what[:60]!r}; remove one, or give duplicates: mean, or annotator: "
+                "COLUMN if they are votes"
             )
         averaged += 1
         values_KC[place] = mean_of(task, [values_C for _, values_C in found])
     if averaged:
-        notes.append(f"{averaged} rows are the mean of several answers")
+        notes.append(f"{averaged} rows are the mean of several predictions")
     rows_K = [found[0][0] for found in of_key.values()]
     return PredictionFile(by_id, list(of_key), rows_K, values_KC, notes)
 

@@ -78,20 +78,20 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
             if not (math.isfinite(value) or (value == -math.inf and kind != "logits")):
                 raise UserError(
                     f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; "
-                    "correct it, or declare it as no answer (abstain)"
+                    "correct it, or declare it as no prediction (abstain)"
                 )
         read.append((number, values_C))
     if kind == "logits":
         return [None if of is None else of[1].astype(np.float32) for of in read]
     answered = [of for of in read if of is not None]
     if kind != "log_probabilities":
-        refuse_percentages(sheet, answered)
+        reject_percentages(sheet, answered)
     if kind == "columns":
         kind = kind_of_numbers(sheet, answered)
     return [None if of is None else by_probabilities(sheet, kind, *of) for of in read]
 
 
-def refuse_percentages(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> None:
+def reject_percentages(sheet: Sheet, read: Sequence[tuple[int, np.ndarray]]) -> None:
     """Raises UserError where the values of every row are percentages."""
     if read and all(
         values_C.min() >= 0 and abs(values_C.sum() / 100 - 1) <= TOLERANCE for _, values_C in read
@@ -168,7 +168,7 @@ def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
             )
         found.append((index, value))
     if sure is not None:
-        refuse_one_class(sheet, sure, [of for of in found if of is not None])
+        reject_one_class(sheet, sure, [of for of in found if of is not None])
     for one in found:
         if one is None:
             yield None
@@ -180,7 +180,7 @@ def labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
             yield log_of(p_C)
 
 
-def refuse_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float]]) -> None:
+def reject_one_class(sheet: Sheet, column: str, found: Sequence[tuple[int, float]]) -> None:
     """Raises UserError where all rows of a label have a confidence below chance. Then the column is
     the probability of a fixed class, and not of each row's label."""
     chance = 1 / len(sheet.task.labels)
@@ -207,7 +207,7 @@ def one_label(sheet: Sheet, number: int, column: str, cell: Any) -> int | None:
     if cell is None or cell != cell:
         raise UserError(
             f"{sheet.at(number)}: column {column!r} holds no label ({cell!r}); fill it in, or "
-            'declare it as no answer (abstain: [""])'
+            'declare it as no prediction (abstain: [""])'
         )
     return sheet.label_index(cell)
 
@@ -320,13 +320,13 @@ def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
         if not math.isfinite(value):
             raise UserError(
                 f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; correct "
-                "it, or declare it as no answer (abstain)"
+                "it, or declare it as no prediction (abstain)"
             )
-        refuse_other_scale(sheet, number, column, value)
+        reject_other_scale(sheet, number, column, value)
         yield np.array([value], np.float32)
 
 
-def refuse_other_scale(sheet: Sheet, number: int, column: str, value: float) -> None:
+def reject_other_scale(sheet: Sheet, number: int, column: str, value: float) -> None:
     """Raises UserError for a score that is outside the task's range by more than the width of the
     range. A regression's own answers may lie a little outside."""
     low, high = sheet.task.score_range or (-math.inf, math.inf)

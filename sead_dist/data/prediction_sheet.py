@@ -136,16 +136,16 @@ def answer_column(sheet: Sheet, usual: Sequence[str]) -> str:
         classes = ", ".join(sheet.task.labels)
         either = f"a column for each class ({classes}), or " if classes else ""
         raise UserError(
-            f"{sheet.path} has no answers: expected {either}one of the columns "
+            f"{sheet.path} has no predictions: expected {either}one of the columns "
             f"{', '.join(dict.fromkeys(usual))}; its other columns: "
             f"{', '.join(sheet.columns) or 'none'}; name the right one with column"
         )
     if sheet.entry.column is None:
-        refuse_second_column(sheet, found, usual)
+        reject_second_column(sheet, found, usual)
     return found
 
 
-def refuse_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
+def reject_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None:
     """Raises UserError where another column may hold the answers as well as the one found. A column
     with a usual name of gold labels may hold these, and another one the teacher's answers."""
     task = sheet.task
@@ -165,8 +165,8 @@ def refuse_second_column(sheet: Sheet, found: str, usual: Sequence[str]) -> None
         chance = holds_numbers(sheet, other) and (not numbers or len(set(said)) == 1)
         if not chance and not hold_same_classes(sheet, found, other):
             raise UserError(
-                f"{sheet.path}: the columns {found!r} and {other!r} both hold answers of task "
-                f"{task.name}; say which are the teacher's: column: {found}, or column: {other}"
+                f"{sheet.path}: the columns {found!r} and {other!r} both hold predictions of "
+                f"task {task.name}; name the teacher's: column: {found}, or column: {other}"
             )
 
 

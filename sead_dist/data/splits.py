@@ -153,7 +153,7 @@ def _read_split(
         read += len(rows)
     found = concatenate(*parts)
     if found.has_gold and not has_label(found.labels_B).all():
-        return _read_split(task, data, split, route, False)  # refuses the first row without one
+        return _read_split(task, data, split, route, False)  # rejects the first row without one
     return found
 
 
@@ -267,7 +267,7 @@ def load_examples(config: RunConfig, task: TaskSpec) -> RunExamples:
             f"rows with {them}, or remove {them} from the task's labels"
         )
     if lacking := [part.split for part in (train, *held) if not part.has_gold]:
-        alone = "" if with_gold else "; the student learns from the teachers' answers alone"
+        alone = "" if with_gold else "; the student learns from the teachers' predictions alone"
         tell(
             f"WARNING: no gold labels in {', '.join(lacking)} (column {task.label_column!r} is "
             f"missing or empty): scores there are agreement with the teachers{alone}"

@@ -130,7 +130,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool | None) -
 
 def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> Row:
-        refuse_twins([name for name, _ in pairs], where, "key")
+        reject_twins([name for name, _ in pairs], where, "key")
         return dict(pairs)
 
     try:
@@ -142,7 +142,7 @@ def _parse(text: str, where: str, skip_malformed: bool | None) -> Any:
         raise UserError(f"{where}: not JSON: {reason(error)}; {_fix(skip_malformed)}") from error
 
 
-def refuse_twins(names: Sequence[str], where: str, what: str) -> None:
+def reject_twins(names: Sequence[str], where: str, what: str) -> None:
     """Raises UserError where two columns or keys have the same name: only the last would count."""
     twins = sorted({name for name in names if names.count(name) > 1})
     if twins:
@@ -177,7 +177,8 @@ def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpe
 
 def _broken_text(lines: Iterable[list[str]]) -> tuple[int, int] | None:
     """The first and the last line of a text in quotation marks that seems to span several lines of
-    a file of one column. None for more columns: such lines have too few fields, and are refused."""
+    a file of one column. None for more columns: such lines have too few fields, and are
+    rejected."""
     opened = None
     for number, fields in enumerate(lines, start=1):
         if len(fields) > 1:
@@ -283,7 +284,7 @@ def _records(
     skipped: list[int] = []
     if _has_header(lines, task):
         header = next(numbered)[1]
-        refuse_twins(header, str(path), "column")
+        reject_twins(header, str(path), "column")
     for number, fields in numbered:
         if len(fields) == len(header):
             yield dict(zip(header, fields, strict=True))

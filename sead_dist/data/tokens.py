@@ -81,7 +81,7 @@ def tokenize(
 
     Raises UserError for a text without a token, and where `max_length` leaves room for none.
     """
-    refuse_no_room(tokenizer, examples.texts_b is not None, max_length)
+    reject_no_room(tokenizer, examples.texts_b is not None, max_length)
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
@@ -103,7 +103,7 @@ def tokenize(
             flat = [i for row in encoded["token_type_ids"] for i in row]
             types.append(np.array(flat, dtype=np.int8))
         cut += [start + place for place in cut_rows(tokenizer, encoded, examples, part, max_length)]
-    refuse_empty(examples, lengths)
+    reject_empty(examples, lengths)
     return TokenTable(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
         types=np.concatenate(types) if uses_types and types else None,
@@ -145,7 +145,7 @@ def describe_cuts(counts: Mapping[str, tuple[int, int]], max_length: int) -> str
     return f"text rows cut at {max_length} tokens: {parts}"
 
 
-def refuse_no_room(tokenizer: "PreTrainedTokenizerBase", pairs: bool, max_length: int) -> None:
+def reject_no_room(tokenizer: "PreTrainedTokenizerBase", pairs: bool, max_length: int) -> None:
     """Raises UserError where the tokeniser's own tokens alone fill a row."""
     # in lists: a bare "" counts as no second text
     own = len(tokenizer([""], [""] if pairs else None)["input_ids"][0])
@@ -157,7 +157,7 @@ def refuse_no_room(tokenizer: "PreTrainedTokenizerBase", pairs: bool, max_length
         )
 
 
-def refuse_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:
+def reject_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:
     """Raises UserError for a text of which the tokeniser makes no token at all."""
     if 0 in lengths:
         row = int(examples.rows_B[lengths.index(0) // examples.choices]) + 1

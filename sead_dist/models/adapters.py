@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sead_dist.errors import UserError, reading, reason, refusal
-from sead_dist.models.loaded import final_layer, refuse_gaps, refuse_leftovers, some
+from sead_dist.errors import UserError, reading, reason, rejection
+from sead_dist.models.loaded import final_layer, reject_gaps, reject_leftovers, some
 from sead_dist.models.pretrained import (
     ADAPTER,
     COPY,
@@ -72,7 +72,7 @@ def merged(name: str, folder: Path, revision: str | None) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         if target.is_dir():
             return found  # another process merged it first
-        raise refusal(
+        raise rejection(
             f"{name} cannot be merged in {place}: {reason(error)}; free space or get permission to "
             "write there, or set SEAD_DIST_MERGED=DIR",
             error,
@@ -126,8 +126,8 @@ def _merge(adapter: Checkpoint, base: Checkpoint, folder: Path) -> None:
         given = {"id2label": own.id2label, "label2id": own.label2id}
     model, loaded = read_classifier(base, "fp32", False, **given)
     who = f"adapter {adapter.name} of {base.name}"
-    refuse_gaps(who, model, loaded, {name.removeprefix(PREFIX) for name in shapes})
-    refuse_leftovers(base.name, model, loaded.unused)
+    reject_gaps(who, model, loaded, {name.removeprefix(PREFIX) for name in shapes})
+    reject_leftovers(base.name, model, loaded.unused)
     with reading(adapter.folder, COPY, who), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         both = PeftModel.from_pretrained(model, adapter.folder, torch_device="cpu")

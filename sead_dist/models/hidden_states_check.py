@@ -46,7 +46,7 @@ def check_inside(model: PreTrainedModel, inputs: ModelInputs, method: str, who: 
     # weights that are new, small or neutral may hide what the kind does
     check_kind(model, inputs, method, who)
     batches = check_batches(inputs.two_rows(), inputs, None)
-    refuse(model, who, method, first_difference(model, who, method, batches))
+    reject(model, who, method, first_difference(model, who, method, batches))
 
 
 def check_kind(whole: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
@@ -67,7 +67,7 @@ def check_kind(whole: PreTrainedModel, inputs: ModelInputs, method: str, who: st
         differs = first_difference(model, who, method, batches)
     except Exception:  # kinds have many ways to be no shallow model
         return
-    refuse(whole, who, method, differs)
+    reject(whole, who, method, differs)
 
 
 def check_batches(
@@ -102,7 +102,7 @@ def layers_read_by(method: str, layer_parts: LayerParts) -> WantedLayers:
     }[method]
 
 
-def refuse(model: PreTrainedModel, who: str, method: str, differs: str | None) -> None:
+def reject(model: PreTrainedModel, who: str, method: str, differs: str | None) -> None:
     """Raises UserError where something differs."""
     if differs is None:
         return

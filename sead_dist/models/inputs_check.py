@@ -7,7 +7,7 @@ every process and at every resume. Some kinds give other logits under any paddin
 trigrams, FNet's Fourier transform, convolutions over tokens). Their batches hold rows of one length
 only.
 
-A second check runs each model's own weights on some rows of the run. It may refuse a model, but it
+A second check runs each model's own weights on some rows of the run. It may reject a model, but it
 never changes a teacher's padding.
 
 Shapes: B examples, R text rows, L tokens, C classes.

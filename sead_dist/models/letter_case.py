@@ -17,7 +17,7 @@ SETTINGS = "tokenizer_config.json"
 SHARE = 0.01
 
 
-def refuse_lost_capitals(name: str, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+def reject_lost_capitals(name: str, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises UserError where texts are lower-cased only because no file of the folder says
     otherwise, and words of the vocabulary have capitals. No text would give these words."""
     settings = folder / SETTINGS

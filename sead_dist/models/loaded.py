@@ -1,7 +1,7 @@
 """Which tensors of a model came from a checkpoint's files, and which may be new (invariant 11).
 
 Transformers gives every tensor that it does not find a random value, and goes on. Here each such
-tensor must belong to a head that is to be new. Else the checkpoint is refused, with the names.
+tensor must belong to a head that is to be new. Else the checkpoint is rejected, with the names.
 """
 
 import re
@@ -127,7 +127,7 @@ def pooler_names(model: PreTrainedModel) -> set[str]:
     return {name for name in model.state_dict() if name.startswith(start)}
 
 
-def refuse_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: set[str]) -> None:
+def reject_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: set[str]) -> None:
     """Raises UserError, naming them, where tensors beside `may_be_new` are not from the files."""
     mismatched = [found for found in loaded.mismatched if found[0] not in may_be_new]
     if mismatched:
@@ -148,7 +148,7 @@ def refuse_gaps(who: str, model: PreTrainedModel, loaded: Loaded, may_be_new: se
         )
 
 
-def refuse_leftovers(who: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
+def reject_leftovers(who: str, model: PreTrainedModel, unused: Iterable[str]) -> None:
     """Raises UserError, naming them, where a trained model's files hold more than the model takes:
     layers beyond its depth, adapters on its modules, a second copy of its tensors. A pooler or a
     language model's head is allowed where the classifier does not use it."""

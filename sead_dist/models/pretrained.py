@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sead_dist.errors import UserError, reading
-from sead_dist.models.letter_case import refuse_lost_capitals
+from sead_dist.models.letter_case import reject_lost_capitals
 from sead_dist.runtime.files import files_hash
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def locate(
                 return Checkpoint(path, place, revision)
         if (folder / "run.json").is_file():
             raise UserError(f"the run {path} is not finished; give its command again")
-        refuse_several(path, marks, as_teacher)
+        reject_several(path, marks, as_teacher)
         raise UserError(
             f"{path} holds no {' or '.join(marks)}; give a folder saved by save_pretrained"
         )
@@ -135,7 +135,7 @@ def locate(
     return Checkpoint(path, Path(found), Path(found).name)
 
 
-def refuse_several(
+def reject_several(
     path: str, marks: Sequence[str] = ("config.json",), as_teacher: bool = False
 ) -> None:
     """Raises UserError for a folder that holds checkpoints or runs and is none itself."""
@@ -270,7 +270,7 @@ def load_tokenizer(
         if tokenizer.pad_token_id is None and _can_pad_with_end(tokenizer):
             tokenizer.pad_token = tokenizer.eos_token
         _try_out(tokenizer)
-    refuse_lost_capitals(checkpoint.name, checkpoint.folder, tokenizer)
+    reject_lost_capitals(checkpoint.name, checkpoint.folder, tokenizer)
     if tokenizer.pad_token_id is None:
         raise UserError(
             f"{checkpoint.name}: its tokeniser has no padding token; "

@@ -105,7 +105,7 @@ def check_saved(
     try:
         again = load_plain(folder, trust_remote_code).float()
     except UserError as error:
-        refuse(folder, str(error))
+        reject(folder, str(error))
     state = again.state_dict()
     other = [
         name
@@ -113,17 +113,17 @@ def check_saved(
         if name not in state or not torch.equal(state[name].float(), tensor.float().cpu())
     ]
     if other:
-        refuse(folder, f"{other[0]} differs in it")
+        reject(folder, f"{other[0]} differs in it")
     off = difference(trained_RC, plain_logits(again, row))
     if not off <= CLOSE[precision]:
-        refuse(
+        reject(
             folder,
             "read by plain Transformers it gives other logits for the first row "
             f"(by {off:.2g} of the largest)",
         )
 
 
-def refuse(folder: Path, reason: str) -> NoReturn:
+def reject(folder: Path, reason: str) -> NoReturn:
     """Rename the model's folder, so that nothing uses it as the run's model. Raises RunError."""
     aside = folder.with_name(f"{folder.name}.refused")
     put_folder(folder, aside)

@@ -23,14 +23,14 @@ from transformers import (
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.kinds import align_name
 from sead_dist.data.tasks import TaskSpec
-from sead_dist.errors import RunError, UserError, reading, reason, refusal
+from sead_dist.errors import RunError, UserError, reading, reason, rejection
 from sead_dist.models.hidden_states import body_of
 from sead_dist.models.loaded import (
     Loaded,
     head_names,
     pooler_names,
-    refuse_gaps,
-    refuse_leftovers,
+    reject_gaps,
+    reject_leftovers,
     some,
     wrapping,
 )
@@ -135,13 +135,13 @@ def load_classifier(
     """A sequence classifier as it was fine-tuned. Raises UserError where a weight is missing or has
     another shape, and where the files hold more of a classifier than the model takes."""
     model, loaded = read_classifier(checkpoint, dtype, trust_remote_code)
-    refuse_no_head(checkpoint, head_names(model) & loaded.missing)
-    refuse_gaps(checkpoint.name, model, loaded, set())
-    refuse_leftovers(checkpoint.name, model, loaded.unused)
+    reject_no_head(checkpoint, head_names(model) & loaded.missing)
+    reject_gaps(checkpoint.name, model, loaded, set())
+    reject_leftovers(checkpoint.name, model, loaded.unused)
     return model
 
 
-def refuse_no_head(checkpoint: Checkpoint, missing: Collection[str]) -> None:
+def reject_no_head(checkpoint: Checkpoint, missing: Collection[str]) -> None:
     """Raises UserError where weights of the head are missing."""
     if missing:
         raise UserError(
@@ -164,7 +164,7 @@ def load_start(
     model, loaded = read_classifier(checkpoint, "fp32", trust_remote_code, **changes)
     pooler = pooler_names(model)
     allowed = head_names(model) | (pooler if pooler <= loaded.missing else set())
-    refuse_gaps(f"start {checkpoint.name}", model, loaded, allowed)
+    reject_gaps(f"start {checkpoint.name}", model, loaded, allowed)
     return model, loaded
 
 
@@ -238,7 +238,7 @@ def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
             output_loading_info=True,
         )
     except Exception as error:  # the callers give the fix, which is not to copy the folder again
-        raise refusal(f"plain Transformers cannot load it ({reason(error)})", error) from error
+        raise rejection(f"plain Transformers cannot load it ({reason(error)})", error) from error
     if notes["missing_keys"] or notes["mismatched_keys"]:
         lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}
         raise UserError(f"plain Transformers does not find the tensors {some(lacking)} in it")
@@ -274,7 +274,7 @@ def new_classifier(
             config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a bad value may raise any exception
-        raise refusal(
+        raise rejection(
             f"a {config.model_type} of this shape cannot be built: {reason(error)}; correct its "
             "sizes",
             error,

@@ -63,7 +63,7 @@ def hash_of(facts: dict[str, Any]) -> str:
 def repair_teacher(config: RunConfig, offline: bool = False) -> Checkpoint:
     """The model whose hidden states are the targets when a start is repaired."""
     given = config.repair.teacher or config.student.path
-    assert given is not None  # a configuration with neither was refused
+    assert given is not None  # a configuration with neither was rejected
     return locate(given, offline=offline)
 
 

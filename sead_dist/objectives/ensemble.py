@@ -66,7 +66,7 @@ class Ensemble:
 
     def answer(self, logits_NBC: torch.Tensor, routes_B: torch.Tensor | None) -> SoftTargets:
         """The ensemble's answer to new texts, at temperature 1 and without gold labels. logits_NBC:
-        NaN where a teacher has no answer."""
+        NaN where a teacher has no prediction."""
         present_NB = ~torch.isnan(logits_NBC).any(-1)
         weighting = self.weighting.scored_as(self.has_classes)
         logits_NBC = self.calibrated(logits_NBC).nan_to_num()

@@ -32,7 +32,7 @@ class Known:
 
     given: the `weight` of each entry. chosen: the number of the teacher that the key `teacher`
     names. sizes: parameters of each. names: of the teachers. The rest is of the selection split,
-    where the weighting asks for it. scores: None: not validated. logits_NBC: NaN: no answer.
+    where the weighting asks for it. scores: None: not validated. logits_NBC: NaN: no prediction.
     labels_B: NaN or below 0: no label.
     """
 

@@ -61,7 +61,7 @@ class Estimate:
     over teachers_s and training_s. bound: the most examples/s that the rates allow. workers: how
     many a pool needs to keep up with the student, each as quick as a rank; the times hold for so
     many. at_least: the seconds lack the transfer of split teachers' weights, whose speed is not
-    known. refused: why a run cannot have this placement."""
+    known. rejected: why a run cannot have this placement."""
 
     placement: str
     placements: list[str]
@@ -77,7 +77,7 @@ class Estimate:
     bound: float
     workers: int
     at_least: bool
-    refused: str | None
+    rejected: str | None
 
 
 def estimates(setting: Setting) -> list[Estimate]:
@@ -102,11 +102,11 @@ def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
     """The run with its teachers at these placements, one for each teacher."""
     config, teachers, rates, size = setting.config, setting.teachers, setting.rates, setting.size
     work, workers_s = without_pool(setting, placements)
-    refused = None
+    rejected = None
     try:
         check_placed(config, teachers, placements)
     except UserError as error:
-        refused = str(error)
+        rejected = str(error)
     costs_N = costs(teachers, rates.teachers_N)
     share_NW = share_rows(teachers, placements, costs_N, size, setting.free)
     held = teacher_bytes(teachers, placements, share_NW, config.trust_remote_code)
@@ -133,7 +133,7 @@ def estimate(setting: Setting, name: str, placements: list[str]) -> Estimate:
         bound=bound(work, teachers, rates.teachers_N, rates.student, size, rates.device),
         workers=int(np.ceil(workers_s / max(seconds, 1e-12))),
         at_least=split and rates.link is None,
-        refused=refused,
+        rejected=rejected,
     )
 
 

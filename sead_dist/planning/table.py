@@ -36,7 +36,7 @@ from sead_dist.planning.workload import (
     work_before,
 )
 from sead_dist.runs.checked_run import CheckedRun, check_run
-from sead_dist.runs.checks import refuse_encoders, refuse_untaught, refuse_unused_text
+from sead_dist.runs.checks import reject_encoders, reject_untaught, reject_unused_text
 from sead_dist.runs.setup import uneven
 from sead_dist.runtime.console import TitledTable, clock, counted, parse_size
 from sead_dist.runtime.distributed import World, from_main
@@ -77,9 +77,9 @@ def plan(
     Raises UserError for a mistake in what is given, as the run itself would.
     """
     began = time.monotonic()
-    refuse_encoders(config)
-    refuse_untaught(config)
-    refuse_unused_text(config)
+    reject_encoders(config)
+    reject_untaught(config)
+    reject_unused_text(config)
     size = ranks if ranks is not None else world.size
     if size < 1:
         raise UserError(f"--ranks {size} must be at least 1")
@@ -92,7 +92,7 @@ def plan(
     with noted():
         checked = check_run(config, world, size, device)
     task, student = checked.task, checked.model
-    refuse_untimed(checked.teachers)
+    reject_untimed(checked.teachers)
     # a file of predictions costs nothing
     teachers = [teacher for teacher in checked.teachers if teacher.file is None]
     work = from_main(world, partial(work_of, checked))
@@ -119,7 +119,7 @@ def plan(
     return Plan(tables, notes(setting, found))
 
 
-def refuse_untimed(teachers: Sequence[Teacher]) -> None:
+def reject_untimed(teachers: Sequence[Teacher]) -> None:
     """Raises UserError for a teacher whose time cannot be estimated."""
     for teacher in teachers:
         if teacher.answers is not None and teacher.file is None:
@@ -213,7 +213,7 @@ def placement_lines(setting: Setting) -> list[str]:
 
 def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
     """Lines below the tables: the choice and why, and what is not counted."""
-    work, allowed = setting.work, [one for one in found if one.refused is None]
+    work, allowed = setting.work, [one for one in found if one.rejected is None]
     lines = placement_lines(setting)
     for one in allowed:
         if one.workers:
@@ -224,7 +224,7 @@ def notes(setting: Setting, found: Sequence[Estimate]) -> list[str]:
             )
     if work.passes == 0 and setting.teachers:
         lines.append("the store holds every prediction: the teachers cost nothing")
-    lines += [f"{one.placement}: {one.refused}" for one in found if one.refused is not None]
+    lines += [f"{one.placement}: {one.rejected}" for one in found if one.rejected is not None]
     if setting.memory is not None:
         lines.append(f"fits: into {FULL:.0%} of --gpu-memory; the rest is for activations")
         if not any(one.fits for one in allowed if one.placement != "pool"):
@@ -293,7 +293,7 @@ def estimate_table(setting: Setting, found: Sequence[Estimate]) -> TitledTable:
     columns += ["training", "to the end", "examples/s", "bound"]
     rows: list[list[object]] = []
     for one in found:
-        if one.refused is not None:
+        if one.rejected is not None:
             rows.append([one.placement, "not possible", *[""] * (len(columns) - 2)])
             continue
         more = ">= " if one.at_least else ""

@@ -27,7 +27,7 @@ def reason(error: BaseException) -> str:
     return without_secrets(" ".join(f"{type(error).__name__}: {error}".split())[:400])
 
 
-def refuse_push(config: RunConfig, what: str) -> None:
+def reject_push(config: RunConfig, what: str) -> None:
     """Raises UserError where several runs would be uploaded, all to one repository."""
     if config.push_to_hub:
         raise UserError(

@@ -48,7 +48,7 @@ def reliability(probabilities_BC: Floats, labels_B: NDArray[Any], bins: int = 10
 
     Args:
         probabilities_BC: rows that sum to 1.
-        labels_B: class indices; rows below 0 (unlabelled) are skipped.
+        labels_B: class indices; rows below 0 (unlabelled) are left out.
         bins: number of bins from 0 to 1; a bin holds its upper edge.
     """
     known_B = (labels_B >= 0) & np.isfinite(probabilities_BC).all(axis=1)

@@ -44,7 +44,7 @@ OWN = "auto"
 FOLDER = "baseline"
 # The baseline has at most a fifth of the run's steps. A step on gold labels alone takes about half
 # the time of a step with teachers, so this is about a tenth of the run's time. It is up to a fifth
-# where the store has the teachers' answers.
+# where the store has the teachers' predictions.
 MOST_OF_STEPS = 5
 SECOND = "fitted"
 # each part of the rows is scored with weights that are fitted to the other parts
@@ -55,7 +55,7 @@ PARTS = 5
 class SecondEnsemble:
     """Scores of the teachers' mean probabilities (or scores), with equal and with fitted weights.
 
-    The rows are the labelled selection rows that every teacher answers. fitted: each row is scored
+    The rows are the labelled selection rows that every teacher predicts. fitted: each row is scored
     with weights that were not fitted to it. gap: `fitted` minus `equal`. interval: the 95% interval
     of the gap over rows. weights: of each teacher, fitted to all of the rows, as `ensemble=fitted`
     does.
@@ -182,8 +182,8 @@ def second_ensemble(
 ) -> SecondEnsemble | None:
     """Scores of the ensemble with fitted and with equal weights.
 
-    logits_NBC: NaN where a teacher has no answer. None with fewer than two teachers, and where all
-    teachers together answer fewer labelled rows than `fitted` needs.
+    logits_NBC: NaN where a teacher has no prediction. None with fewer than two teachers, and where
+    all teachers together predict fewer labelled rows than `fitted` needs.
     """
     rows_B = np.flatnonzero(~np.isnan(logits_NBC).any(axis=(0, 2)) & has_label(selection.labels_B))
     examples, logits_NBC = subset(selection, rows_B), logits_NBC[:, rows_B]
@@ -268,7 +268,7 @@ def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str
     shares: dict[str, dict[str, float]] = {}
     for split, of in scores.items():
         finetuned = before[split]["student"].get(metric) if split in before else None
-        # an ensemble of files may answer other rows than the students
+        # an ensemble of files may predict other rows than the students
         if finetuned is None or of["ensemble"] is None or "ensemble_rows" in of:
             continue
         student, ensemble = of["student"][metric], of["ensemble"][metric]
@@ -346,7 +346,7 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
 
 
 def needs_own_baseline(config: RunConfig, examples: RunExamples, total_steps: int) -> bool:
-    """Whether the run makes its own baseline. A line tells where that would take too long.
+    """Whether the run makes its own baseline. A line is logged where that would take too long.
 
     total_steps: the steps of the run.
     """

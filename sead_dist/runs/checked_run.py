@@ -44,7 +44,7 @@ from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.console import counted_rows
 from sead_dist.runtime.distributed import World, check_shared, from_main, on_every_rank
 from sead_dist.runtime.run_log import tell
-from sead_dist.store.layout import refuse_foreign, store_folder
+from sead_dist.store.layout import reject_foreign, store_folder
 from sead_dist.teachers.entries import read_teachers
 from sead_dist.teachers.feature_teacher import check_feature_teacher, colocate_candidates
 from sead_dist.teachers.teacher import Teacher, tokenizers_of
@@ -92,14 +92,14 @@ def check_run(
     """Read and check a run that trains a student. Every rank calls this. Nothing is written.
 
     ranks, device: those of the planned run, where they differ from the present ones. folders: the
-    folders that every node must see (key -> folder). It is None for a plan; then the hub is not
+    folders that every node must reach (key -> folder). It is None for a plan; then the hub is not
     queried about an upload. Raises UserError, on every rank, for a mistake in the configuration,
     the files or the models.
     """
     ranks, device = ranks or world.size, device or world.device
     world.at("looking at the folders")
     if config.taught:
-        from_main(world, lambda: refuse_foreign(store_folder(config.store.path)))
+        from_main(world, lambda: reject_foreign(store_folder(config.store.path)))
     if folders is not None:
         check_shared(world, folders)
     check_setting(config, world, ranks, device)
@@ -123,7 +123,7 @@ def read_run(
     """Read task, data, student and teachers, and check that they fit each other and their keys.
 
     Every rank calls this. learns: False where no student is trained (`labels`). Then unlabelled
-    rows that no teacher answers are kept, and a teacher need not give hidden states. Raises
+    rows that no teacher predicts are kept, and a teacher need not give hidden states. Raises
     UserError as `check_run` does.
     """
     world.at("reading the data and the student")

@@ -34,8 +34,8 @@ def nothing_to_do(config: RunConfig) -> str | None:
     Rank 0 alone calls this. Raises UserError where the output folder holds something else, and
     where `config` is not of a distillation.
     """
-    refuse_encoders(config)
-    refuse_unused_text(config)
+    reject_encoders(config)
+    reject_unused_text(config)
     if not already_finished(config):
         return None
     run = Path(config.output_dir)
@@ -47,13 +47,13 @@ def nothing_to_do(config: RunConfig) -> str | None:
     line = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
     if not config.push_to_hub or (run / PUSHED).is_file():
         return line
-    # the run was killed before its upload, or the hub refused the upload
+    # the run was killed before its upload, or the hub rejected the upload
     from sead_dist.reporting.hub import push_at_end  # heavy, and seldom needed
 
     return f"{line}; {push_at_end(run, config)}"
 
 
-def refuse_encoders(config: RunConfig) -> None:
+def reject_encoders(config: RunConfig) -> None:
     """Raises UserError where a distillation has `encoders`, which only a fine-tuning reads."""
     if config.encoders:
         raise UserError(
@@ -61,7 +61,7 @@ def refuse_encoders(config: RunConfig) -> None:
         )
 
 
-def refuse_unused_text(config: RunConfig) -> None:
+def reject_unused_text(config: RunConfig) -> None:
     """Raises UserError for unlabelled text, or copies without gold labels, without teachers.
 
     A student learns nothing from such rows without teachers. `augment.copies=auto` is allowed: it
@@ -89,7 +89,7 @@ def refuse_unused_text(config: RunConfig) -> None:
     raise UserError(f"{key}: {what} need teachers, and {why}; leave {name} out{own}, {fix}")
 
 
-def refuse_untaught(config: RunConfig) -> None:
+def reject_untaught(config: RunConfig) -> None:
     """Raises UserError for `distill` without teachers, where the method needs teachers.
 
     Such a run would train on the gold labels alone. That needs method=finetune.
@@ -198,7 +198,7 @@ def check_inputs(config: RunConfig) -> None:
 
     task = load_task(config.task)
     if not config.encoders:
-        refuse_untaught(config)
+        reject_untaught(config)
     if config.taught:
         check_method(config, task.task_kind)
     check_files(config, task)

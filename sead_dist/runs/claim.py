@@ -1,7 +1,7 @@
 """Which run an output folder holds. Nothing of another run with progress is overwritten.
 
 run.json records the run (the claim). A claim without progress, such as that of a run that was
-refused before it trained, is replaced by a new one. A lock excludes a second process while one
+rejected before it trained, is replaced by a new one. A lock excludes a second process while one
 writes.
 """
 
@@ -27,7 +27,7 @@ from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
 from sead_dist.config.yaml_text import read_run_config
 from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.tasks import load_task
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError, rejection
 from sead_dist.models.pretrained import locate, weight_files, weights_hash
 from sead_dist.models.start import run_start_hash
 from sead_dist.runtime.files import files_hash, open_own, sweep_leftovers, written_aside
@@ -40,7 +40,7 @@ from sead_dist.runtime.run_log import (
     read_metrics,
     write_json,
 )
-from sead_dist.training.identity import RULES, Identity, refuse_other, rules_of
+from sead_dist.training.identity import RULES, Identity, reject_other, rules_of
 
 # files that a run writes before its first checkpoint; the claim of another run removes them
 EARLY_FILES = (
@@ -49,7 +49,7 @@ EARLY_FILES = (
 )
 
 # The folder of data that are given from Python. Its name begins with a dot, so `holds_run` ignores
-# it: a start that was refused may leave it.
+# it: a start that was rejected may leave it.
 KEPT_DATA = ".data"
 
 # the record of the store that a pool's student reads; the workers need it
@@ -107,10 +107,10 @@ def already_finished(config: RunConfig) -> bool:
     run = Path(config.output_dir)
     if not holds_run(run):
         return False
-    saved = refuse_other_keys(config)
+    saved = reject_other_keys(config)
     if saved is None or not is_finished(run):
         return False
-    refuse_other_teachers(config)
+    reject_other_teachers(config)
     check_model(run)
     task = load_task(config.task)
     data, start, examples = saved.data, saved.start, None
@@ -120,12 +120,12 @@ def already_finished(config: RunConfig) -> bool:
         data = examples.fingerprint(task)
     with suppress(UserError):  # a start whose files are gone does not count as changed
         start = run_start_hash(config, offline=True)
-    refuse_other(run, saved, replace(saved.with_data(data), start=start))
-    refuse_other_scoring(config, examples)
+    reject_other(run, saved, replace(saved.with_data(data), start=start))
+    reject_other_scoring(config, examples)
     return True
 
 
-def refuse_other_scoring(config: RunConfig, examples: RunExamples | None) -> None:
+def reject_other_scoring(config: RunConfig, examples: RunExamples | None) -> None:
     """Raises UserError where a run that keeps its best student would now score it at other steps.
 
     examples: None where they are not known, as for a finished run. Then the final checkpoint that
@@ -173,7 +173,7 @@ def drop_training_state(config: RunConfig) -> None:
         shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
 
 
-def refuse_other_keys(config: RunConfig) -> Identity | None:
+def reject_other_keys(config: RunConfig) -> Identity | None:
     """The identity of the run in the output folder; None without one, or without progress.
 
     Data are not compared. Raises UserError where the run has other keys than `config`.
@@ -188,7 +188,7 @@ def refuse_other_keys(config: RunConfig) -> Identity | None:
     if teachers_of(run) != given_teachers(config):
         own = {name: version for name, version in saved.rules.items() if name not in RULES}
         rules = {**own, **{name: rules[name] for name in RULES}}
-    refuse_other(run, saved, replace(saved, config=config.identity(), rules=rules))
+    reject_other(run, saved, replace(saved, config=config.identity(), rules=rules))
     return saved
 
 
@@ -198,7 +198,7 @@ def teachers_of(run: Path) -> list[dict[str, Any]]:
     return [renamed(entry, "teachers.") for entry in given]
 
 
-def refuse_other_teachers(config: RunConfig) -> None:
+def reject_other_teachers(config: RunConfig) -> None:
     """Raises UserError where a finished run has other teachers, or teachers with other weights."""
     run = Path(config.output_dir)
     if teachers_of(run) != given_teachers(config):
@@ -245,9 +245,9 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     if record.is_file():
         saved = Identity.read(record)
         if has_progress(run):
-            refuse_other(run, saved, identity)
+            reject_other(run, saved, identity)
         elif saved.differences(identity):
-            refuse_busy_baseline(run)
+            reject_busy_baseline(run)
             for name in (*EARLY_FILES, STUDENT_STORE):
                 (run / name).unlink(missing_ok=True)
             for folder in ("teacher_rows", "baseline", PLUGINS):
@@ -268,7 +268,7 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     write_json(run / "environment.json", environment())
 
 
-def refuse_busy_baseline(run: Path) -> None:
+def reject_busy_baseline(run: Path) -> None:
     """Raises UserError where another process makes the baseline of the run in this folder.
 
     Such a process holds the lock of RUN/baseline, and not the lock of RUN.
@@ -320,7 +320,7 @@ def open_lock(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open_own(path, os.O_RDWR)
     except OSError as error:
-        raise refusal(
+        raise rejection(
             f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error
         ) from None
 

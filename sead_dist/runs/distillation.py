@@ -21,15 +21,15 @@ from sead_dist.data.examples import metric_names, subset
 from sead_dist.data.splits import check_tokens, load_examples
 from sead_dist.data.tasks import load_task
 from sead_dist.data.tokens import adds_tokens
-from sead_dist.errors import RunError, UserError, reason, refusal
+from sead_dist.errors import RunError, UserError, reason, rejection
 from sead_dist.models.pretrained import load_tokenizer
 from sead_dist.models.start import student_tokenizer
 from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import Ensemble
-from sead_dist.reporting.hub import refuse_push
+from sead_dist.reporting.hub import reject_push
 from sead_dist.reporting.report import write_predictions, write_report
 from sead_dist.runs.baseline import baseline_line, needs_own_baseline, own_baseline
-from sead_dist.runs.checks import nothing_to_do, refuse_unused_text, teacher_runs
+from sead_dist.runs.checks import nothing_to_do, reject_unused_text, teacher_runs
 from sead_dist.runs.chosen_keys import early_end_line
 from sead_dist.runs.prepared_teachers import Validated, prepare_teachers, validated
 from sead_dist.runs.results import closing_table, conclude, for_people
@@ -193,8 +193,8 @@ def finetune(
         raise UserError(
             "teachers is a key of distill; finetune trains teachers; give encoders=[ID, DIR]"
         )
-    refuse_unused_text(config)
-    refuse_push(config, "finetune")
+    reject_unused_text(config)
+    reject_push(config, "finetune")
     teachers = teacher_runs(config)
     if (Path(config.output_dir) / "run.json").is_file():
         raise UserError(
@@ -243,7 +243,7 @@ def keep_encoders(folder: Path, paths: Sequence[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"output_dir={folder} cannot be made: {error.strerror}; give another folder"
-            raise refusal(what, error) from None
+            raise rejection(what, error) from None
         write_json(folder / FIRST_ENCODERS, list(paths))
 
 
@@ -274,7 +274,7 @@ def count_past_predictions(setup: RunSetup, ensemble: Ensemble | None, done: int
 def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
     """The trainer of a run.
 
-    Where the selection split has no gold labels, it is scored by the ensemble's answers.
+    Where the selection split has no gold labels, it is scored by the ensemble's predictions.
     """
     task, selection = setup.task, setup.splits.selection
     examples = selection.examples
@@ -322,7 +322,7 @@ def try_report(setup: RunSetup) -> None:
     except (UserError, RunError):
         raise
     except Exception as error:
-        raise refusal(
+        raise rejection(
             f"the report of this run, tried on {TRIAL_ROWS} rows before training, cannot be "
             f"written: {reason(error)}; give other names to the task, its splits or the teachers",
             error,

@@ -179,7 +179,7 @@ def write_and_measure(original: Original, folder: Path, quantized: bool) -> dict
     }
     results = {name: original.score(run) for name, run in runs.items()}
     for before, after in zip(results["PyTorch"], results["ONNX"], strict=True):
-        refuse_difference(before, after)
+        reject_difference(before, after)
     if quantized:
         quantize(folder / "model.onnx", folder / "model_int8.onnx")
         runs["ONNX int8"] = open_onnx(folder / "model_int8.onnx", threads)
@@ -230,7 +230,7 @@ def batch_inputs(split: Split, size: int) -> dict[str, torch.Tensor]:
     return make_batch(split, np.take(by_length_B, range(start, start + size), mode="wrap")).inputs
 
 
-def refuse_difference(before: EvalResult, after: EvalResult) -> None:
+def reject_difference(before: EvalResult, after: EvalResult) -> None:
     """Raises RunError where logits or metrics of the fp32 file differ too much from PyTorch's."""
     scale = max(1.0, float(np.abs(before.logits_BC).max()))
     difference = largest_difference(before, after)

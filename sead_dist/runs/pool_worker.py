@@ -20,7 +20,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import BatchStream
 from sead_dist.data.splits import RunExamples, RunSplits, tokenize_splits
 from sead_dist.data.tasks import TaskSpec
-from sead_dist.errors import RunError, UserError, refusal
+from sead_dist.errors import RunError, UserError, rejection
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.objectives.ensemble import asks_selection
 from sead_dist.runs.checked_run import read_run
@@ -100,16 +100,16 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
 
     The worker ends once all of them are in the store, once the student is finished, or on a stop.
     Its folder holds a finished run, except after a stop. Teachers outside the pool are left to the
-    student. Where weights depend on the selection split, these teachers answer it here too.
+    student. Where weights depend on the selection split, these teachers predict it here too.
 
     worker: NUMBER/WORKERS. Raises UserError before any long work, and where the student expects
     other teachers, data or settings. Raises RunError during the work.
     """
     number, workers = parse_worker(worker)
-    refuse_other_starts(config, world)
+    reject_other_starts(config, world)
     quiet_libraries(world)
     student = read_student_run(config, world)
-    refuse_other_student(student)
+    reject_other_student(student)
     folder = worker_folder(student.run, number, workers)
     make_folder(folder, student.run)
     stop = StopFlag()
@@ -143,7 +143,7 @@ def open_worker(
     """
     config, teachers, run = student.config, student.teachers, student.run
     store = StoreFolder(store_folder(config.store.path))
-    refuse_other_store(run, store.layout)
+    reject_other_store(run, store.layout)
     keys = [teacher.key for teacher in teachers]
     stack.enter_context(store.hold(str(run), keys, student.accept_any))
 
@@ -153,8 +153,8 @@ def open_worker(
 
     def check() -> bool:
         progress_or_stop("")
-        refuse_other_student(student)
-        refuse_other_store(run, store.layout)
+        reject_other_student(student)
+        reject_other_store(run, store.layout)
         return not is_finished(run)
 
     alone = place(teachers, ["colocated"] * len(teachers), np.ones((len(teachers), 1)))
@@ -182,9 +182,9 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
     """
     config, splits, teachers = student.config, student.splits, student.teachers
     source, rows, count = hand.source, config.pool.item_rows, len(teachers)
-    # Some ensembles need the selection split to decide which teacher is asked for a row. The worker
-    # decides this as the student does, so it needs the answers of teachers outside the pool too.
-    # In other ensembles the student validates those teachers.
+    # Some ensembles need the selection split to decide which teacher predicts a row. The worker
+    # decides this as the student does, so it needs the predictions of teachers outside the pool
+    # too. In other ensembles the student validates those teachers.
     everyone = asks_selection(config)
     validating = [
         item
@@ -219,7 +219,7 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
     return hand.fill([item for item in items if student.pooled_N[item.teacher]])
 
 
-def refuse_other_starts(config: RunConfig, world: World) -> None:
+def reject_other_starts(config: RunConfig, world: World) -> None:
     """Raises UserError for `encoders`, for several processes, and without a teacher in the pool."""
     if config.encoders:
         raise UserError("encoders is a key of finetune; a pool needs teachers=[DIR, ...]")
@@ -251,7 +251,7 @@ def make_folder(folder: Path, run: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise refusal(
+        raise rejection(
             f"output_dir={run}: a worker keeps its log in {folder}, which cannot be made "
             f"({error.strerror}); {remedy}",
             error,
@@ -260,7 +260,7 @@ def make_folder(folder: Path, run: Path) -> None:
         raise RunError(f"output_dir={run}: a worker may not write into {folder}; {remedy}")
 
 
-def refuse_other_store(run: Path, layout: Layout) -> None:
+def reject_other_store(run: Path, layout: Layout) -> None:
     """Raises UserError where the student in `run` reads another store than this worker fills.
 
     The student would wait for predictions that never come.
@@ -282,7 +282,7 @@ class Expected(TypedDict):
     numerics: str
 
 
-def refuse_other_student(student: StudentRun) -> None:
+def reject_other_student(student: StudentRun) -> None:
     """Raises UserError where the student expects other teachers, settings or data.
 
     Without a student in the run directory there is nothing to compare.

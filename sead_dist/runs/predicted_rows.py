@@ -162,9 +162,9 @@ def answer_examples(
 def answers_by_row(
     columns: Mapping[str, Sequence[Any]], count: int, examples: ExampleSet
 ) -> list[dict[str, Any] | None]:
-    """The answers, one for each of `count` rows; None for a skipped row.
+    """The predictions, one for each of `count` rows; None for a skipped row.
 
-    Where rows hold several examples, there is one answer for each example.
+    Where rows hold several examples, there is one prediction for each example.
     """
     said = rows_of_columns(columns)
     if len(np.unique(examples.rows_B)) < len(examples):

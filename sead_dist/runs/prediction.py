@@ -34,7 +34,7 @@ from sead_dist.models.pretrained import (
     load_model_config,
     load_tokenizer,
     locate,
-    refuse_several,
+    reject_several,
 )
 from sead_dist.models.sequence_classifier import (
     DTYPES,
@@ -90,7 +90,7 @@ def task_of(name: str, given: str | None) -> TaskSpec:
     asked = given or (str(own) if own.is_file() else run_config(name).get("task"))
     if asked is None:
         if Path(name).is_dir():
-            refuse_several(name)
+            reject_several(name)
         run = Path(name).absolute().parent
         if Path(name).name == "model" and (run / "config.yaml").is_file():
             raise UserError(

@@ -127,7 +127,7 @@ def weight_lines(ensemble: Ensemble, names: Sequence[str]) -> list[str]:
 
 
 def training_row_lines(setup: RunSetup, ensemble: Ensemble) -> list[str]:
-    """Lines on unlabelled rows without an answer, and on rows that a teacher was trained on."""
+    """Lines on unlabelled rows without a prediction, and on rows that a teacher was trained on."""
     config, teachers, train = setup.config, setup.teachers, setup.splits.train
     lines = []
     if config.feature_loss is None:
@@ -265,7 +265,7 @@ def frozen_ensemble(
 ) -> Ensemble:
     """The ensemble, with weights frozen from the teachers' scores and logits.
 
-    logits_NBC: of the selection split; None where the teachers were not asked.
+    logits_NBC: of the selection split; None where it was not computed.
     """
     names = [teacher.name for teacher in teachers]
     known = Known(
@@ -295,8 +295,8 @@ def calibrate(
 ) -> torch.Tensor | None:
     """calibration_N: the fitted temperature of each teacher; None where all are 1.
 
-    It is 1 for a teacher whose entry has no calibration, for one that answers too few rows, and for
-    a regression task.
+    It is 1 for a teacher whose entry has no calibration, for one that predicts too few rows, and
+    for a regression task.
     """
     found = [1.0] * len(logits_NBC)
     for n, rows_B in enumerate(rows_to_calibrate(task, logits_NBC, labels_B)):
@@ -308,7 +308,7 @@ def calibrate(
 def rows_to_calibrate(
     task: TaskSpec, logits_NBC: np.ndarray, labels_B: np.ndarray
 ) -> list[np.ndarray]:
-    """The labelled rows that each teacher answers; empty for a regression task."""
+    """The labelled rows that each teacher predicts; empty for a regression task."""
     answered_NB = ~np.isnan(logits_NBC).any(axis=2) & has_label(labels_B)[None]
     return [np.flatnonzero(of & task.task_kind.has_classes) for of in answered_NB]
 

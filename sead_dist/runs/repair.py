@@ -152,7 +152,7 @@ def repair(
     Raises StopRequestedError, after a checkpoint is saved, where a stop was requested.
     """
     own, steps = repair_config(config, log.folder), config.repair.steps
-    with noted():  # the run has told of this start
+    with noted():  # the run has logged this start
         student = build_student(
             own.student, TEXT, inputs.tokenizer, own.seed, own.trust_remote_code
         )

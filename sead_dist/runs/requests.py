@@ -66,7 +66,7 @@ def tell_requests(source: StoredSource, splits: Iterable[Split]) -> None:
 def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]) -> None:
     """Raises UserError where the ensemble needs each teacher's score, and a file has none.
 
-    A file has no score where it answers too few rows of the selection split.
+    A file has no score where it predicts too few rows of the selection split.
     """
     selection = examples.selection
     if not (config.taught and WEIGHTINGS[config.ensemble].by_scores and selection.has_gold):
@@ -85,7 +85,7 @@ def check_scored(config: RunConfig, examples: RunExamples, teachers: Sequence[Te
 def check_fitted(config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]) -> None:
     """Raises UserError where weights are fitted to gold labels, and too few rows serve for that.
 
-    Such a row is in the selection split, has a gold label, and has an answer in every file.
+    Such a row is in the selection split, has a gold label, and has a prediction in every file.
     """
     selection = examples.selection
     files = [teacher.file for teacher in teachers if teacher.file is not None]
@@ -102,10 +102,10 @@ def check_fitted(config: RunConfig, examples: RunExamples, teachers: Sequence[Te
 def answered_examples(
     config: RunConfig, examples: RunExamples, teachers: Sequence[Teacher]
 ) -> RunExamples:
-    """The examples without training rows that have neither a gold label nor an answer.
+    """The examples without training rows that have neither a gold label nor a prediction.
 
     A student learns nothing from such rows. Raises UserError where no training row is left, and
-    where a split to score has neither gold labels nor answers.
+    where a split to score has neither gold labels nor predictions.
     """
     if config.feature_loss is not None or not any(teacher.file for teacher in teachers):
         return examples
@@ -152,7 +152,7 @@ def answered_NB(config: RunConfig, teachers: Sequence[Teacher], part: ExampleSet
 
 
 def has_answer_NB(teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
-    """Which rows each teacher can answer: a file those that it holds, another teacher all rows."""
+    """Which rows each teacher can predict: a file those that it holds, another teacher all rows."""
     everything_B = np.ones(len(part), bool)
     return np.stack([
         everything_B if teacher.file is None else teacher.file.places(part.ids_B2) >= 0
@@ -163,7 +163,7 @@ def has_answer_NB(teachers: Sequence[Teacher], part: ExampleSet) -> np.ndarray:
 def seen_examples(
     config: RunConfig, teachers: Sequence[Teacher], ids_U2: np.ndarray
 ) -> np.ndarray | None:
-    """seen_NU: which teacher was trained on which of these examples. Other teachers answer these.
+    """seen_NU: which teacher was trained on which of these examples. Other teachers predict these.
 
     None where no teacher is left out for that.
     """
@@ -174,7 +174,8 @@ def seen_examples(
 def idle_row_lines(ensemble: Ensemble, teachers: Sequence[Teacher], train: ExampleSet) -> list[str]:
     """A line on unlabelled rows that stay in the batches without a loss.
 
-    The teachers that are chosen, or drawn for a batch, are files without an answer to these rows.
+    The teachers that are chosen, or drawn for a batch, are files without a prediction of these
+    rows.
     """
     answers_NB = has_answer_NB(teachers, train)
     if ensemble.weighting.goes_by_place:
@@ -194,7 +195,7 @@ def idle_row_lines(ensemble: Ensemble, teachers: Sequence[Teacher], train: Examp
 
 
 def file_lines(examples: RunExamples, teachers: Sequence[Teacher]) -> list[str]:
-    """Lines on the files among the teachers: the rows they answer, and the rows left out."""
+    """Lines on the files among the teachers: the rows they predict, and the rows left out."""
     files = [teacher.file for teacher in teachers if teacher.file is not None]
     lines = [line for file in files for line in file.lines]
     lines += [f"WARNING: {line}" for file in files for line in file.remarks]

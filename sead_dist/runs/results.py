@@ -44,10 +44,11 @@ def score_split(
 ) -> tuple[EvalResult, dict[str, Any], np.ndarray | None]:
     """(the student's result on a split, all scores, the ensemble's probabilities_BC).
 
-    A teacher is scored on the rows that it answers ({} for none). The ensemble is scored on the
-    rows that all teachers with a weight answer (None for none). Probabilities are None unless these
-    are all rows. Without gold labels the scores are agreement with the ensemble, and probabilities
-    are NaN in rows without an answer. best: the teacher that the ensemble is compared with.
+    A teacher is scored on the rows that it predicts ({} for none). The ensemble is scored on the
+    rows that all teachers with a weight predict (None for none). Probabilities are None unless
+    these are all rows. Without gold labels the scores are agreement with the ensemble, and
+    probabilities are NaN in rows without a prediction. best: the teacher that the ensemble is
+    compared with.
     """
     result = evaluate(setup.task, setup.engine.model, setup.forward, split, setup.world, step)
     never: dict[str, list[str]] = {}

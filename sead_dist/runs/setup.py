@@ -31,7 +31,7 @@ from sead_dist.runs.chosen_keys import chosen_key_lines, with_chosen_keys
 from sead_dist.runs.claim import (
     claim,
     locked,
-    refuse_other_scoring,
+    reject_other_scoring,
     remove_student_store,
     write_student_store,
 )
@@ -164,7 +164,7 @@ def build(
 
 
 def run_folders(config: RunConfig) -> dict[str, Path]:
-    """The folders that every node of a run must see, by their keys."""
+    """The folders that every node of a run must reach, by their keys."""
     folders = {"output_dir": Path(config.output_dir)}
     if config.taught:
         folders["store"] = store_folder(config.store.path)
@@ -189,7 +189,7 @@ def claim_folder(
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
     from_main(world, lambda: check_saving(checked.model, row, run, config.trust_remote_code))
-    from_main(world, lambda: refuse_other_scoring(config, checked.examples))
+    from_main(world, lambda: reject_other_scoring(config, checked.examples))
     from_main(world, lambda: claim(run, config, identity))
     return identity
 

@@ -17,8 +17,8 @@ from sead_dist.runs.baseline import MOST_OF_STEPS, OWN, baseline_steps
 from sead_dist.runs.checked_run import read_inputs
 from sead_dist.runs.checks import (
     check_predictions,
-    refuse_untaught,
-    refuse_unused_text,
+    reject_untaught,
+    reject_unused_text,
     teacher_runs,
 )
 from sead_dist.runs.chosen_keys import chosen_key_lines, with_chosen_keys
@@ -37,8 +37,8 @@ def resolve_all(config: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     """
     quiet_libraries(world)
     if not config.encoders:
-        refuse_untaught(config)
-    refuse_unused_text(config)
+        reject_untaught(config)
+    reject_unused_text(config)
     check_predictions(config)
     one = teacher_runs(config)[0] if config.encoders else config
     with noted() as notes:
@@ -124,7 +124,7 @@ def show_data(config: RunConfig, show: int) -> ShownData:
     data are those of the first encoder. Raises UserError for a mistake in the configuration or the
     files.
     """
-    refuse_unused_text(config)
+    reject_unused_text(config)
     if config.encoders:
         config = teacher_runs(config)[0]
     with noted() as notes:

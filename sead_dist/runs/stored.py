@@ -1,6 +1,6 @@
 """The prediction store for Python programs: its contents, and a teacher's kept logits of rows.
 
-The store is not changed, and no teacher is asked.
+The store is not changed, and no teacher computes anything.
 
 Shapes: B rows, C classes (C = 1: a score), U rows that differ.
 """

@@ -45,7 +45,7 @@ Columns = dict[str, list[Any]]
 
 
 def write_rows(config: RunConfig, output: Path) -> None:
-    """Write each row of a run once, with its id and texts, so that other programs can answer it.
+    """Write each row of a run once, with its id and texts, so that other programs can predict it.
 
     The rows are those of the training split, the unlabelled text, the selection split and the
     official splits. Teachers are not read. Raises UserError for a mistake in keys or files.
@@ -54,7 +54,7 @@ def write_rows(config: RunConfig, output: Path) -> None:
     task = load_task(config.task)
     # the column that names a row's teacher is not read either, since it changes no row
     asked: dict[str, Any] = {"teacher_column": None}
-    # Where no teachers are given or asked, the rows are for teachers to come. Rows that the sample
+    # Where no teachers are given or used, the rows are for teachers to come. Rows that the sample
     # of the training split leaves out are unlabelled text for them.
     if not config.teachers:
         asked["teachers"] = [TeacherConfig(path="to come")]
@@ -79,8 +79,8 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
     Columns: those of `write_rows`, `gold_label`, the ensemble's probability of each class
     (`probability_LABEL`, or `score`), each teacher's (`TEACHER_probability_LABEL`, or
     `TEACHER_score`). For classes also `entropy` (of the ensemble's probabilities, in nats), and
-    `agreement` (the share of the answering teachers that have the ensemble's class). A cell without
-    an answer is empty. Raises UserError, also for a teacher that fails its validation.
+    `agreement` (the share of the row's teachers that have the ensemble's class). A cell without a
+    prediction is empty. Raises UserError, also for a teacher that fails its validation.
     """
     check_output(output, "--output")
     with loaded_teachers(config, output, world) as run:
@@ -231,7 +231,7 @@ def label_columns(
     task: TaskSpec, ensemble: Ensemble, teachers: Sequence[Teacher], said_NBC: np.ndarray,
     part: ExampleSet,
 ) -> Columns:  # fmt: skip
-    """Columns of the ensemble's and the teachers' predictions. said_NBC: NaN without an answer."""
+    """Columns of the ensemble's and the teachers' predictions. said_NBC: NaN without one."""
     together_BC = ensemble_targets(ensemble, said_NBC, part).astype(np.float64)
     if not task.task_kind.has_classes:
         columns = {"score": as_cells(together_BC[:, 0])}

@@ -1,6 +1,6 @@
 """Runs with a split that has no gold labels.
 
-Some keys are refused then. Elsewhere the ensemble's answers serve as labels.
+Some keys are rejected then. Elsewhere the ensemble's predictions serve as labels.
 
 Shapes: N teachers, B rows, C classes.
 """
@@ -37,7 +37,7 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
     unnamed = len(config.teachers) > 1 and config.teacher is None
     falls_back = weighting.alike_without_gold or weighting.one_teacher
     by_labels = asks_selection(config) and not falls_back
-    refused = {
+    rejected = {
         "final_checkpoint=best": config.final_checkpoint == "best",
         "early_stopping_patience": config.early_stopping_patience is not None,
         "teacher_validation=fp32": config.teacher_validation == "fp32",
@@ -46,7 +46,7 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
         f"ensemble={config.ensemble} without teacher=NAME": unnamed and weighting.one_teacher,
         "feature_loss without teacher=NAME": unnamed and config.feature_loss is not None,
     }
-    for key, asked in refused.items():
+    for key, asked in rejected.items():
         if asked:
             fix = "name one teacher" if key.endswith("NAME") else f"leave {key} out"
             raise UserError(
@@ -69,9 +69,9 @@ def unvalidated_line(config: RunConfig, labelled_rows: int) -> str:
 def ensemble_targets(
     ensemble: Ensemble, logits_NBC: np.ndarray, examples: ExampleSet
 ) -> np.ndarray:
-    """The ensemble's targets_BC at temperature 1; NaN in rows that no teacher answers.
+    """The ensemble's targets_BC at temperature 1; NaN in rows that no teacher predicts.
 
-    logits_NBC: NaN in rows that a teacher does not answer.
+    logits_NBC: NaN in rows that a teacher does not predict.
     """
     routes = examples.routes_B
     routes_B = None if routes is None else torch.from_numpy(routes)
@@ -86,7 +86,7 @@ def with_ensemble_labels(
 ) -> tuple[ExampleSet, np.ndarray]:
     """(the examples, the ensemble's targets_BC as `ensemble_targets` gives them).
 
-    Where the examples have no gold labels, their labels are the ensemble's answers.
+    Where the examples have no gold labels, their labels are the ensemble's predictions.
     """
     said_BC = ensemble_targets(ensemble, logits_NBC, examples)
     if not examples.has_gold:
@@ -95,7 +95,7 @@ def with_ensemble_labels(
 
 
 def rescored(task: TaskSpec, result: EvalResult, examples: ExampleSet) -> EvalResult:
-    """The result, scored by the labels of `examples`, which are the ensemble's answers."""
+    """The result, scored by the labels of `examples`, which are the ensemble's predictions."""
     loss = mean_loss(task.task_kind, result.logits_BC, examples.labels_B)
     return replace(result, metrics=score(task, result.logits_BC, examples), loss=loss)
 
@@ -103,8 +103,8 @@ def rescored(task: TaskSpec, result: EvalResult, examples: ExampleSet) -> EvalRe
 def load_to_score(name: str, task: TaskSpec, data: DataConfig, split: str) -> ExampleSet:
     """A split to score the model `name` on.
 
-    Where the split has no gold labels, its labels are the answers of the run's ensemble, which the
-    run directory keeps. Raises UserError where neither exists.
+    Where the split has no gold labels, its labels are the predictions of the run's ensemble, which
+    the run directory keeps. Raises UserError where neither exists.
     """
     kept = Path(name) / "predictions" / f"{split}.parquet"
     examples = load_official(task, data, split, may_lack=kept.is_file())

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from sead_dist.errors import LostRankError, RunError, UserError, refusal
+from sead_dist.errors import LostRankError, RunError, UserError, rejection
 from sead_dist.runtime.heartbeat import Heartbeat, Limits, Usual
 
 T = TypeVar("T")
@@ -77,8 +77,8 @@ def join_world(limits: Limits | None = None) -> World:
     A process group that is already there is used. Raises UserError when variables are missing,
     RunError where ranks do not come.
     """
-    refuse_other_world()
-    refuse_lone_process()
+    reject_other_world()
+    reject_lone_process()
     limits = limits or Usual()
     size = number_from("WORLD_SIZE", 1, 1)
     # `accelerate launch --cpu` writes True
@@ -193,7 +193,7 @@ def number_from(name: str, default: int, lowest: int, highest: int | None = None
     return int(text)
 
 
-def refuse_other_world() -> None:
+def reject_other_world() -> None:
     """Raises UserError where processes were started without a common world: each would train
     alone, or in a world of another size than the launcher's."""
     for name, starter in STARTERS.items():
@@ -212,7 +212,7 @@ def refuse_other_world() -> None:
         )
 
 
-def refuse_lone_process() -> None:
+def reject_lone_process() -> None:
     """`accelerate launch --cpu --num_processes 2` without MPI starts one process silently.
 
     Its variables show that: for several processes it sets MASTER_PORT, but no WORLD_SIZE. Raises
@@ -338,7 +338,7 @@ def _write_mark(folders: Mapping[str, Path], token: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / token).touch()
         except OSError as error:
-            raise refusal(
+            raise rejection(
                 f"{key}={folder} cannot be written: {error.strerror}; give another folder", error
             ) from None
 

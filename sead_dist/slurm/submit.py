@@ -23,7 +23,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 from submitit.slurm import slurm as submitit_slurm
 
 from sead_dist.config.schema import writable
-from sead_dist.errors import UserError, refusal
+from sead_dist.errors import UserError, rejection
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.slurm import jobs
 from sead_dist.slurm import settings as slurm
@@ -90,7 +90,7 @@ def job_folder(out: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
     except OSError as error:
-        raise refusal(
+        raise rejection(
             f"output_dir={out} cannot be made: {error.strerror}; give another output_dir", error
         ) from None
     return folder
@@ -124,7 +124,7 @@ def make_ready(runs: Sequence[tuple[str, ...]], out: Path, root: Path) -> None:
     already. Raises what `job_folder` raises.
     """
     slurm.require_program("sbatch")
-    refuse_queued(runs, root)
+    reject_queued(runs, root)
     job_folder(out)
 
 
@@ -161,7 +161,7 @@ def enqueue(
     return made
 
 
-def refuse_queued(runs: Sequence[tuple[str, ...]], root: Path) -> None:
+def reject_queued(runs: Sequence[tuple[str, ...]], root: Path) -> None:
     """Raises UserError where a job of one of these runs is in the queue already."""
     wanted = {*runs}
     before = [job for job in jobs.registered(root) if tuple(job.runs) in wanted]

@@ -25,7 +25,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sead_dist.errors import RunError, UserError, reason, refusal
+from sead_dist.errors import RunError, UserError, reason, rejection
 from sead_dist.runtime.files import cache_place, open_own, sync
 
 # Format 1 is the same without compacted blocks. A store of format 1 is read as it is, and gets the
@@ -100,7 +100,7 @@ def store_folder(given: str | None) -> Path:
     return cache_place("store", "store=DIR", given)
 
 
-def refuse_foreign(root: Path) -> None:
+def reject_foreign(root: Path) -> None:
     """Raises UserError where `root` is a file or a folder of something else, and RunError where it
     cannot be read. Writes nothing."""
     if root.exists() and not root.is_dir():
@@ -124,11 +124,11 @@ def create(root: Path) -> Layout:
     the newest number.
 
     Raises UserError where `root` is a file, a folder of something else or of another format, and
-    UserError or RunError (as `errors.refusal` chooses) where it is not writable.
+    UserError or RunError (as `errors.rejection` chooses) where it is not writable.
     """
     layout = Layout(root)
     try:
-        refuse_foreign(root)
+        reject_foreign(root)
         root.mkdir(parents=True, exist_ok=True)
         for name in FOLDERS:
             (root / name).mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ def create(root: Path) -> Layout:
         probe.unlink()
     except OSError as error:
         remedy = REMEDIES.get(error.errno or 0, "name another store=DIR")
-        raise refusal(
+        raise rejection(
             f"store={root} is not writable ({error.strerror}); {remedy}", error
         ) from error
     if (root / "format.json").exists():
@@ -186,7 +186,7 @@ def _check_format(layout: Layout) -> int:
     try:
         found = json.loads(path.read_bytes())["format"]
     except Exception as error:
-        raise refusal(
+        raise rejection(
             f"{path} cannot be read ({reason(error)}); it should hold "
             f'{{"format": N}}: fix it or name another store=DIR',
             error,

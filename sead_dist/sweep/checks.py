@@ -17,7 +17,7 @@ from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.runs.checks import check_inputs
-from sead_dist.runs.claim import refuse_other_keys, refuse_other_teachers
+from sead_dist.runs.claim import reject_other_keys, reject_other_teachers
 from sead_dist.runs.without_gold import check_gold
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished, noted
@@ -25,7 +25,7 @@ from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 from sead_dist.sweep.results import TaskData
 from sead_dist.training.deepspeed_config import zero_config
 from sead_dist.training.engine import check_arithmetic, check_tracker
-from sead_dist.training.identity import refuse_other
+from sead_dist.training.identity import reject_other
 
 
 def check_grid(grid: Grid, world: World) -> tuple[Grid, dict[str, TaskData]]:
@@ -61,9 +61,9 @@ def prepare_grid(grid: Grid, tasks: Iterable[str]) -> tuple[Grid, dict[str, Task
     data = {name: read_task(grid, name) for name in tasks}
     grid = fix_steps(grid, data)
     for unit in grid.units:
-        refuse_other_unit(grid, unit)
+        reject_other_unit(grid, unit)
     for name, of in data.items():
-        refuse_other_data(grid, name, of)
+        reject_other_data(grid, name, of)
     return grid, data
 
 
@@ -154,10 +154,10 @@ def rows_key(config: RunConfig) -> str:
     return repr((config.data, config.unlabeled, rest, config.selection, route_of(config), fold))
 
 
-def refuse_other_unit(grid: Grid, unit: Unit) -> None:
+def reject_other_unit(grid: Grid, unit: Unit) -> None:
     """Raises UserError where the unit's folder holds a run of other keys."""
     try:
-        refuse_other_keys(unit.config)
+        reject_other_keys(unit.config)
     except UserError as error:
         own = grid.lengthened.get((unit.task, unit.method))
         if own is None or "max_steps" not in str(error):
@@ -168,14 +168,14 @@ def refuse_other_unit(grid: Grid, unit: Unit) -> None:
         ) from None
 
 
-def refuse_other_data(grid: Grid, name: str, data: TaskData) -> None:
+def reject_other_data(grid: Grid, name: str, data: TaskData) -> None:
     """Raises UserError where an earlier run in the folder had other data, or where a finished run
     had other teachers."""
     known = data.fingerprints
     for unit in grid.units:
         # earlier versions gave unlabelled text to the teachers' fine-tuning as well
         counts = unit.method != TEACHERS or data.unlabelled_rows > 0
-        saved = refuse_other_keys(unit.config) if unit.task == name and counts else None
+        saved = reject_other_keys(unit.config) if unit.task == name and counts else None
         if saved is None:
             continue
         key = rows_key(unit.config)
@@ -183,9 +183,9 @@ def refuse_other_data(grid: Grid, name: str, data: TaskData) -> None:
             with noted():
                 examples = load_examples(unit.config, data.task)
             known[key] = examples.fingerprint(data.task)
-        refuse_other(unit.folder, saved, saved.with_data(known[key]))
+        reject_other(unit.folder, saved, saved.with_data(known[key]))
         if unit.config.taught and not grid.own_teachers and is_finished(unit.folder):
-            refuse_other_teachers(unit.config)
+            reject_other_teachers(unit.config)
 
 
 def start_tokenizers(grid: Grid, task: str) -> dict[str, PreTrainedTokenizerBase]:

@@ -27,9 +27,9 @@ from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import method_problem
-from sead_dist.reporting.hub import refuse_push
+from sead_dist.reporting.hub import reject_push
 from sead_dist.runs.checks import (
-    refuse_unused_text,
+    reject_unused_text,
     teacher_layers,
     teacher_runs,
     without_teachers_text,
@@ -119,7 +119,7 @@ def make_grid(words: Sequence[str]) -> Grid:
     Raises UserError for any mistake in them.
     """
     own, run = split_layers(read_layers(words))
-    refuse_single(own, run)
+    reject_single(own, run)
     sweep = read_sweep(own)
     for layer in run:  # a task may be of a plugin's kind
         run_plugins(layer.get("plugins"))
@@ -143,7 +143,7 @@ def make_grid(words: Sequence[str]) -> Grid:
         per_task, by_arm = keys_by_arm(task.name, sweep.per_task.get(task.name, {}), arms, equal)
         layers = task_layers(given, task.name, run, per_task)
         common = resolve(layers)
-        refuse_push(common, "a sweep")
+        reject_push(common, "a sweep")
         texts += filter(None, [common.unlabeled.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
         fitting: list[tuple[str, RunConfig]] = []
@@ -154,7 +154,7 @@ def make_grid(words: Sequence[str]) -> Grid:
                 continue
             own = named(merge(arm.keys, more), task.name)
             config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
-            refuse_push(config, "a sweep")
+            reject_push(config, "a sweep")
             reason = method_problem(config, task.task_kind)
             if reason is not None:
                 unfit[task.name, arm.name] = reason
@@ -175,7 +175,7 @@ def make_grid(words: Sequence[str]) -> Grid:
             else f"no method can be run: {'; '.join(dict.fromkeys(unfit.values()))}; give another "
             "method"
         )
-    refuse_text_without_teachers(texts, students)
+    reject_text_without_teachers(texts, students)
     return Grid(
         outputs.pop(),
         tuple(words),
@@ -193,7 +193,7 @@ def make_grid(words: Sequence[str]) -> Grid:
     )
 
 
-def refuse_text_without_teachers(texts: Sequence[str], students: Sequence[Unit]) -> None:
+def reject_text_without_teachers(texts: Sequence[str], students: Sequence[Unit]) -> None:
     """Raises UserError where unlabelled text is given and no method of the sweep has teachers."""
     if texts and all(unit.config.unlabeled.path is None for unit in students):
         raise UserError(
@@ -211,7 +211,7 @@ def split_layers(layers: Layers) -> tuple[dict[str, Any], list[Mapping[str, Any]
     return own, [{key: layer[key] for key in layer if key not in keys} for layer in layers]
 
 
-def refuse_single(own: Mapping[str, Any], run: Layers) -> None:
+def reject_single(own: Mapping[str, Any], run: Layers) -> None:
     """Raises UserError for a key of one run (`seed`) that the sweep has for all runs (`seeds`)."""
     # a task's file may stand beside `tasks`
     lacking = (("task", "tasks"),) if own.get("tasks") is None else ()
@@ -285,7 +285,7 @@ def teacher_units(
     # a pattern of encoders is that of the whole sweep
     config = resolve([*teacher_layers(layers), finetune, {"output_dir": common.output_dir}])
     config = config.model_copy(update={"output_dir": str(folder)})
-    refuse_unused_text(config)
+    reject_unused_text(config)
     return [Unit(task, TEACHERS, one, ()) for one in teacher_runs(config)]
 
 

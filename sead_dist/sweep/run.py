@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 
 from sead_dist.errors import RunError, UserError
-from sead_dist.runs.claim import refuse_other_keys, try_lock
+from sead_dist.runs.claim import reject_other_keys, try_lock
 from sead_dist.runs.distillation import distill, keep_encoders
 from sead_dist.runtime.console import clock, counted
 from sead_dist.runtime.distributed import StopFlag, World, from_main
@@ -196,7 +196,7 @@ def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int
             continue
         if is_done(grid, unit):
             # another command in this folder may have done it
-            refuse_other_keys(unit.config)
+            reject_other_keys(unit.config)
             memory.done.add(n)
         elif not is_ready(grid, unit):
             waiting += 1

@@ -1,4 +1,4 @@
-"""Where teachers run, and what they answer.
+"""Where teachers run, and what they predict.
 
 Others use `read_teachers`, `Placement`, `StoredSource`, `stream`, `register_teacher`.
 """

@@ -21,7 +21,7 @@ from sead_dist.models.hidden_states import LayerOutputs, TeacherLogits
 class Request:
     """Unique examples of a split whose logits are wanted.
 
-    entries_R: the examples, ascending. asked_NR: which teachers are asked for which example (None:
+    entries_R: the examples, ascending. asked_NR: which teachers are to predict which example (None:
     all of them). what: the place in the run, for messages. step_of: gives the step (from 1) that
     first needs an entry; None where the request is not for steps.
     """
@@ -86,7 +86,7 @@ class TaughtStep:
 
 
 def rows_of(answer: TeacherLogits, entries_R: np.ndarray, entries_B: torch.Tensor) -> TeacherLogits:
-    """The columns of a request's answer that a micro-batch needs."""
+    """The columns of a request's logits that a micro-batch needs."""
     where_B = torch.from_numpy(np.searchsorted(entries_R, entries_B.numpy()))
     # a filler repeats a valid row; a micro-batch of fillers alone may hold rows that were not
     # requested

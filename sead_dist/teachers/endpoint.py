@@ -4,7 +4,7 @@ Some servers give the log-probabilities of a prompt (`echo`). There one request 
 word, with prompt and word together, and the word's score is the sum of its tokens'
 log-probabilities. Other servers get one request for each row, for the most probable first tokens.
 There a class is scored by those tokens that begin its words and no word of another class. The first
-answer to a row is kept in the store, and is used from then on.
+prediction of a row is kept in the store, and is used from then on.
 
 Shapes: R text rows, W words, K classes of the entry.
 """
@@ -45,7 +45,7 @@ NO_SCORES = "label the rows of the task with it elsewhere, and give a file of pr
 Way = Literal["prompt", "first token"]
 
 
-class RefusedError(Exception):
+class RejectedError(Exception):
     """The server rejected a request, and would reject it again. status: the HTTP status."""
 
     def __init__(self, status: int, said: str) -> None:
@@ -74,10 +74,10 @@ class Client:
         self.lock, self.sent = threading.Lock(), 0
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The server's answer, as parsed JSON. Waits and tries again where the server is busy,
+        """The server's response, as parsed JSON. Waits and tries again where the server is busy,
         fails or cannot be reached.
 
-        Raises RefusedError where the server refuses the request, and RunError where all tries
+        Raises RejectedError where the server rejects the request, and RunError where all tries
         failed or `most` requests were sent.
         """
         said, pause_s = "", PAUSE_S
@@ -91,7 +91,7 @@ class Client:
             except urllib.error.HTTPError as error:
                 said = f"{error.code} {self._without_key(error)}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    raise RefusedError(error.code, said) from None
+                    raise RejectedError(error.code, said) from None
                 wanted = error.headers.get("Retry-After", "")
                 if wanted.isdigit():
                     pause_s = max(pause_s, min(float(wanted), LONGEST_PAUSE_S))
@@ -133,7 +133,7 @@ class Client:
 
 
 class Endpoint:
-    """A teacher behind an endpoint (`kinds.Answers`). A few requests at the start find out whether
+    """A teacher behind an endpoint (`kinds.Answers`). A few requests at the start show whether
     and how the server gives scores.
 
     Raises UserError where it gives none.
@@ -163,7 +163,7 @@ class Endpoint:
         self.empty_K: np.ndarray | None = None
 
     def answer(self, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
-        """The logits_RK. Raises RunError where the server does not answer, or refuses a row."""
+        """The logits_RK. Raises RunError where no response comes, or the server rejects a row."""
         rows = rows_of(texts_a, texts_b)
         with ThreadPoolExecutor(self.concurrency) as pool:
             if self.calibrated and self.empty_K is None:
@@ -182,8 +182,8 @@ class Endpoint:
         return each * len(rows), letters // LETTERS + each * len(rows)
 
     def count_first(self) -> int:
-        """Requests that the empty text still takes. Contextual calibration corrects all answers by
-        the answer to this text."""
+        """Requests that the empty text still takes. Contextual calibration corrects all logits by
+        those of this text."""
         if not self.calibrated or self.empty_K is not None:
             return 0
         return len(self.words.words_W) if self.way == "prompt" else 1
@@ -192,7 +192,7 @@ class Endpoint:
         def guarded(ask: Callable[[], Any], row: Texts) -> Any:
             try:
                 return ask()
-            except RefusedError as error:
+            except RejectedError as error:
                 raise RunError(
                     f"teacher {self.name}: {self.client.url} rejects {row.first[:60]!r}: "
                     f"{error.said}; shorten the prompt, or leave the row out"
@@ -226,7 +226,7 @@ class Endpoint:
         said = _part(answer, "choices", 0, "logprobs")
         offsets, logp = _part(said, "text_offset"), _part(said, "token_logprobs")
         if not isinstance(offsets, list) or not isinstance(logp, list) or 0 not in offsets:
-            raise RefusedError(200, "no log-probabilities of the prompt")
+            raise RejectedError(200, "no log-probabilities of the prompt")
         end = len(text) + len(word)
         own = [p for at, p in zip(offsets, logp, strict=False) if len(text) <= at < end]
         tokens = _part(said, "tokens")
@@ -240,31 +240,31 @@ class Endpoint:
                 "prompt without a blank, and begin each word with a blank"
             )
         if not own or not all(_is_number(p) for p in own):
-            raise RefusedError(200, "no log-probabilities of the word")
+            raise RejectedError(200, "no log-probabilities of the word")
         begins = offsets.index(len(text)) if at_end is None else at_end.start
         known = isinstance(tokens, list) and begins < len(tokens)
         return (str(tokens[begins]) if known else None), own
 
     def _try_prompts(self, row: Texts) -> None:
         """Try the way of prompts on one row: the server's two log-probabilities of one token must
-        agree.
+        be equal.
 
         One is that of a word's first token behind the prompt. The other is that of the same token
         among the most probable first tokens. llama-cpp-python 0.3 gives the log-probabilities of a
         prompt one place off.
 
-        Raises RefusedError where the server gives no scores, or two that differ.
+        Raises RejectedError where the server gives no scores, or two that differ.
         """
         asked = self._tokens_of(row, self.words.words_W[0])
         try:
             top = self._first_tokens(row)
-        except RefusedError:  # nothing to compare with
+        except RejectedError:  # nothing to compare with
             return
         more = (self._tokens_of(row, word) for word in self.words.words_W[1:])
         for first, own in chain([asked], more):
             if first in top:
                 if abs(top[first] - own[0]) > AGREE:
-                    raise RefusedError(200, "two different log-probabilities of one token")
+                    raise RejectedError(200, "two different log-probabilities of one token")
                 return
 
     def _by_first_token(self, row: Texts) -> np.ndarray:
@@ -297,14 +297,14 @@ class Endpoint:
             pairs = list(tops.items()) if isinstance(tops, dict) else []
         top = {token: p for token, p in pairs if isinstance(token, str) and _is_number(p)}
         if not top:
-            raise RefusedError(200, "no log-probabilities of the first token")
+            raise RejectedError(200, "no log-probabilities of the first token")
         return top
 
     def _begun_by(self, k: int, top: Mapping[str, float]) -> set[str]:
         """For each word of class k, the longest of these tokens that begins it."""
         found = set()
         for word, own in zip(self.words.words_W, self.words.class_W, strict=True):
-            # an answer in a conversation begins without a blank
+            # a reply in a conversation begins without a blank
             wanted = word.strip() if self.chat else word
             fits = [
                 t for t in top if t.strip() and wanted.startswith(t.strip() if self.chat else t)
@@ -327,7 +327,7 @@ class Endpoint:
             self.top = top
             try:
                 ask()
-            except RefusedError as error:
+            except RejectedError as error:
                 if error.status in (401, 403):
                     raise UserError(
                         f"teacher {self.name}: {self.client.url} rejects the key "
@@ -377,7 +377,7 @@ def _check_first_words(name: str, words: Words) -> None:
 
 
 def _part(of: Any, *keys: str | int) -> Any:
-    """The value below these keys; None where there is none. A server may answer anything."""
+    """The value below these keys; None where there is none. A server may send anything."""
     for key in keys:
         try:
             of = of[key]

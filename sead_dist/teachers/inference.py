@@ -8,7 +8,7 @@ is one token long and is called the guard.
 `free_rows_from` finds whether bits depend on the row count on this backend. Where they do not,
 batches are filled only up to the count that it found, and get a guard only where no row of theirs
 is shorter. Where `packing.packs_from` finds that the model takes packs, nothing is padded. Where
-padding changes a model's answers, a batch has rows of one length and no guard. (Invariant 3; our
+padding changes a model's logits, a batch has rows of one length and no guard. (Invariant 3; our
 own scheme.)
 
 Shapes: R rows of a request, P rows of one batch (or their positions in the request), C the model's
@@ -92,7 +92,7 @@ class Cut:
 
 class NotFiniteError(Exception):
     """A teacher's logits for one row are NaN or infinite. position: of this row among those
-    asked."""
+    of the request."""
 
     def __init__(self, position: int) -> None:
         super().__init__(position)
@@ -270,7 +270,7 @@ def free_rows_from(
 ) -> int | None:
     """Self-check: the fewest rows from which a batch's bits do not depend on its row count.
 
-    The answer holds for this backend with its present number of threads. None: bits do depend on
+    The number holds for this backend with its present number of threads. None: bits do depend on
     it. A one-layer model of the teacher's widths is compared with itself at the full fixed shape on
     one thread.
     """

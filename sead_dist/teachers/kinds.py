@@ -2,9 +2,9 @@
 
 Language models and files of predictions are built in. A plugin registers its own kind.
 
-Shapes: R text rows, K outputs of the teacher for one of them (in its own order) or answers of a
+Shapes: R text rows, K outputs of the teacher for one of them (in its own order) or rows of a
 file, U unique examples of a split, M examples that are wanted, P examples of a piece, B rows, C
-classes (of a file's answers in task order).
+classes (of a file's predictions in task order).
 """
 
 import hashlib
@@ -37,10 +37,10 @@ ROWS = 256
 class Answers(Protocol):
     """A loaded teacher that is not a classifier.
 
-    Its answer to a text must not depend on the other texts of the call, on the order of calls or on
+    Its logits of a text must not depend on the other texts of the call, on the order of calls or on
     the process (invariant 3).
 
-    fingerprint: a text that differs wherever an answer may differ, such as a hash of the files
+    fingerprint: a text that differs wherever a prediction may differ, such as a hash of the files
     read. labels: the names of its outputs, in its own order; one name for scores and for choices.
     """
 
@@ -95,7 +95,7 @@ def open_answers(opening: Opening) -> tuple[Answers, list[int]]:
 
 
 def fingerprint_of(entry: TeacherConfig, answers: Answers) -> str:
-    """A hash of all that the answers depend on besides the texts."""
+    """A hash of all that the predictions depend on besides the texts."""
     plugin = ADDED.owners["kind of teacher"].get(entry.kind, "")
     facts = [entry.kind, plugin, answers.fingerprint]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -137,7 +137,7 @@ def answer_rows(
 def call_teacher(
     answers: Answers, name: str, texts_a: list[str], texts_b: list[str] | None
 ) -> np.ndarray:
-    """The answers of a teacher, float32 [R, K]. Raises RunError where its code fails, and passes on
+    """The logits_RK of a teacher, float32. Raises RunError where its code fails, and passes on
     its UserError and RunError."""
     try:
         return np.asarray(answers.answer(texts_a, texts_b), dtype=np.float32)
@@ -151,17 +151,18 @@ def call_teacher(
 
 # letters of a text in a message
 SHOWN = 60
-# where at least so many answers all equal the gold labels, chance is an unlikely reason
+# where at least so many predictions all equal the gold labels, chance is an unlikely reason
 TELLING = 10
 
 
 @dataclass(frozen=True)
 class FileAnswers:
-    """The answers of a file of predictions to a run's rows.
+    """The predictions of a run's rows that a file holds.
 
     fingerprint: of the map from example to values, whatever the file's form and order. labels: the
     task's, in its order. place_of: from the id of an example to its row of values_KC. lines: of
-    the log, on how many rows it answers. remarks: warnings that are repeated at the end of the run.
+    the log, on how many rows it predicts. remarks: warnings that are repeated at the end of the
+    run.
     """
 
     fingerprint: str
@@ -172,7 +173,7 @@ class FileAnswers:
     remarks: list[str]
 
     def places(self, ids_U2: np.ndarray) -> np.ndarray:
-        """The row of values_KC of each example, place_U; -1 where there is no answer."""
+        """The row of values_KC of each example, place_U; -1 where there is no prediction."""
         whole_U2 = np.ascontiguousarray(ids_U2, np.int64)
         found = [self.place_of.get(id_2.tobytes(), -1) for id_2 in whole_U2]
         return np.array(found, np.int64)
@@ -181,12 +182,12 @@ class FileAnswers:
 def open_file(
     entry: TeacherConfig, name: str, task: TaskSpec, examples: RunExamples, own: Sequence[Path]
 ) -> FileAnswers:
-    """The answers of an entry's file to a run's rows. own: the files that these rows were read
+    """The predictions of a run's rows in an entry's file. own: the files that these rows were read
     from.
 
-    Raises UserError for a file that does not hold predictions for the task, and for one without an
-    answer to any row of the run. Raises it for the run's own file too, where its answers are the
-    gold labels and its column was not named.
+    Raises UserError for a file that does not hold predictions for the task, and for one without a
+    prediction of any row of the run. Raises it for the run's own file too, where its predictions
+    are the gold labels and its column was not named.
     """
     file = read_prediction_file(entry, name, task)
     place_of_key = {key: place for place, key in enumerate(file.keys)}
@@ -239,8 +240,8 @@ def open_file(
 
 
 def count_gold_rows(answers: FileAnswers, task: TaskSpec, parts: Iterable[ExampleSet]) -> int:
-    """How many rows with a gold label a file answers, if every answer is this label and all answers
-    have one certainty; else 0."""
+    """How many rows with a gold label a file predicts, if every prediction is this label and all of
+    them have one certainty; else 0."""
     values_KC, rows = answers.values_KC, 0
     if task.task_kind.has_classes and np.ptp(np.sort(values_KC, axis=1), axis=0).any():
         return 0
@@ -256,7 +257,7 @@ def count_gold_rows(answers: FileAnswers, task: TaskSpec, parts: Iterable[Exampl
 
 
 def _parts_of(examples: RunExamples) -> list[ExampleSet]:
-    """The splits that a file may answer: all rows without copies."""
+    """The splits that a file may predict: all rows without copies."""
     train = examples.train
     if examples.copied:
         train = subset(train, np.arange(len(train) - len(examples.copied)))

@@ -36,7 +36,7 @@ from transformers import (
 
 from sead_dist.errors import UserError, reading, reason
 from sead_dist.models.inputs_check import LEAST, TOLERANCE
-from sead_dist.models.loaded import refuse_leftovers
+from sead_dist.models.loaded import reject_leftovers
 from sead_dist.models.pretrained import (
     COPY,
     NO_EFFECT,
@@ -56,7 +56,7 @@ from sead_dist.teachers.prompts import Opening, Prompt, Reader, Texts, Words, re
 GPU_ROWS, GPU_STEP = 32, 32
 # the name of this scheme, in the numerics class and in the fingerprint
 SCHEME = "words-1"
-# comes before a chat template: one that writes today's date would give other answers tomorrow
+# comes before a chat template: one that writes today's date would give other logits tomorrow
 ONE_DAY = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 NO_CAUSAL = "give a causal language model, or {path: ...} for a classifier"
 
@@ -236,7 +236,7 @@ class LanguageModel:
                 f"teacher {self.name}: its files lack the weights "
                 f"{', '.join(sorted(info['missing_keys'])[:3])}; {NO_CAUSAL}"
             )
-        refuse_leftovers(f"teacher {self.name}", model, info["unexpected_keys"])
+        reject_leftovers(f"teacher {self.name}", model, info["unexpected_keys"])
         return model.to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""Which rank answers for which (teacher, example).
+"""Which rank provides the logits of which (teacher, example).
 
-The rank that answers is called the owner. It looks a prediction up, or computes and writes it. All
-other ranks receive it (invariant 8).
+The rank that provides them is called the owner. It looks a prediction up, or computes and writes
+it. All other ranks receive it (invariant 8).
 
 colocated: every rank holds the teacher and owns an equal share of the rows. partitioned: one rank
 holds the whole teacher and owns all of its rows; further ranks hold it too and own a share, where
@@ -59,7 +59,7 @@ def least_free(world: World) -> int:
 def choose_placements(
     teachers: Sequence[Teacher], default: str, size: int, free: int
 ) -> tuple[list[str], str]:
-    """(each teacher's placement, one line that says why).
+    """(each teacher's placement, one line with the reason).
 
     size: the number of ranks. free: free bytes of the rank that has the fewest. default: the
     placement for entries that name none.
@@ -94,7 +94,7 @@ def choose_placements(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the teachers of a run are: which rank answers for which rows, and how passes are
+    """Where the teachers of a run are: which rank provides which rows, and how passes are
     computed.
 
     names: each teacher's placement. together_N: whether a teacher is in parts, so that all ranks
@@ -124,7 +124,7 @@ class Placement:
         return Placement(names, together, self.share_NW[list(numbers)])
 
     def owners(self, request: Request) -> np.ndarray:
-        """The owner_NR: the rank that answers for each (teacher, example). It is the same on every
+        """The owner_NR: the rank that provides each (teacher, example). It is the same on every
         rank."""
         rows_R = request.split.row_U[request.entries_R]
         by_length_R = np.argsort(request.split.tokens.lengths_B()[rows_R], kind="stable")
@@ -270,9 +270,9 @@ def exchange(
     classes: int,
     world: World,
 ) -> np.ndarray:
-    """Gather the answers of all ranks into logits_NRC. Every rank calls this.
+    """Gather the logits of all ranks into logits_NRC. Every rank calls this.
 
-    mine: for each teacher the logits_MC of the asked examples that this rank owns.
+    mine: for each teacher the logits_MC of the requested examples that this rank owns.
     """
     logits_NRC = np.zeros((*owner_NR.shape, classes), np.float32)
     own_MC = np.concatenate(mine)

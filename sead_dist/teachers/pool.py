@@ -151,7 +151,7 @@ class Seen:
 
 
 class Leases:
-    """Takes leases in a store, and remembers the leases of other processes that it has seen."""
+    """Takes leases in a store, and records the leases of other processes that it has read."""
 
     def __init__(self, layout: Layout, broken_s: float) -> None:
         self.layout, self.broken_s = layout, broken_s
@@ -197,7 +197,7 @@ class Leases:
         return Lease(path, file, self.beat_s, taken_from)
 
     def _is_broken(self, name: str, path: Path) -> bool:
-        """Whether a lease has been unchanged for too long since this process first saw its present
+        """Whether a lease has been unchanged for too long since this process first read its present
         text."""
         text, now = _text(path), time.monotonic()
         known = self._seen.get(name)

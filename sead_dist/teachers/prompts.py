@@ -18,7 +18,7 @@ from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.sequence_classifier import align_classes
 
-# comes between the rows that are shown, and before the row that is asked
+# comes between the rows that are shown, and before the row that is to be predicted
 BETWEEN = "\n\n"
 # texts to try prompts with before there are rows
 TRIAL = ("a plain text", "another text")
@@ -48,7 +48,7 @@ class Texts(NamedTuple):
 
 
 class Shot(NamedTuple):
-    """A training row that is shown with its answer."""
+    """A training row that is shown with its label's word."""
 
     texts: Texts
     word: str
@@ -71,10 +71,10 @@ class Words:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A template, and the rows that it shows with their answers.
+    """A template, and the rows that it shows with their labels' words.
 
     parts: pairs of a literal text and the number of the row's text that follows it (None: none).
-    shots: one row more than is shown, or empty, so that a row is never shown with its own answer.
+    shots: one row more than is shown, or empty, so that a row is never shown with its own label.
     """
 
     parts: tuple[tuple[str, int | None], ...]
@@ -89,7 +89,7 @@ class Prompt:
         return [shot for shot in self.shots if shot.texts != texts][: max(len(self.shots) - 1, 0)]
 
     def text(self, texts: Texts) -> str:
-        """The prompt of one text row. The answer is to follow it."""
+        """The prompt of one text row. A word is to follow it."""
         shots = (self.fill(shot.texts) + shot.word + BETWEEN for shot in self.shown(texts))
         return "".join(shots) + self.fill(texts)
 
@@ -157,13 +157,13 @@ def read_template(template: str, task: TaskSpec, name: str) -> tuple[tuple[str, 
 def read_prompt(opening: Opening) -> tuple[Prompt, Words]:
     """The prompt and the words of an entry.
 
-    Raises UserError for a task whose answers are not classes, for a template that cannot be used,
+    Raises UserError for a task whose labels are not classes, for a template that cannot be used,
     and for words of other classes than the task's.
     """
     entry, name, task = opening.entry, opening.name, opening.task
     if not task.task_kind.head_of_labels:
         raise UserError(
-            f"teacher {name} scores the words of classes, and the answers of task {task.name} "
+            f"teacher {name} scores the words of classes, and the labels of task {task.name} "
             f"({task.kind}) are not classes; leave it out, or score the rows with it elsewhere and "
             "give a file of predictions"
         )

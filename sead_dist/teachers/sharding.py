@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from sead_dist.data.tokens import TokenTable
 from sead_dist.errors import LostRankError, RunError, UserError, reading
 from sead_dist.models.inputs_check import CheckRows, check_teacher, reset_attention
-from sead_dist.models.loaded import refuse_leftovers
+from sead_dist.models.loaded import reject_leftovers
 from sead_dist.models.pretrained import COPY, weight_files
 from sead_dist.models.sequence_classifier import new_classifier
 from sead_dist.runtime.distributed import World, gather_objects, raise_first
@@ -132,7 +132,7 @@ def tensor_files(teacher: Teacher, model: PreTrainedModel) -> dict[str, tuple[Pa
         if name in stored and stored[name][1] == tuple(buffer.shape):
             found[name] = (stored[name][0], name)
     used = {name for twins in names.values() for name in twins} | found.keys()
-    refuse_leftovers(f"teacher {teacher.name}", model, stored.keys() - used)
+    reject_leftovers(f"teacher {teacher.name}", model, stored.keys() - used)
     return found
 
 
@@ -291,7 +291,7 @@ def _filler(tokens: TokenTable, world: World, cut: Cut, model: PreTrainedModel) 
 
 
 def _any_rank(world: World, *mine: bool) -> list[bool]:
-    """For each question whether any rank answers yes. The answers are the same on all ranks."""
+    """For each of `mine`, whether it is true on any rank. The result is the same on all ranks."""
     if world.size == 1:
         return list(mine)
     said = torch.tensor(mine, dtype=torch.int32, device=world.device)

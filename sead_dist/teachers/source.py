@@ -46,7 +46,7 @@ KEEP_S = 20.0
 
 
 class StoredSource:
-    """Answers requests from the store and, where rows are missing, from the teachers.
+    """Serves requests from the store and, where rows are missing, from the teachers.
 
     A model is loaded when one of its rows is first missing. progress_or_stop: gets the progress
     after every batch, and may raise StopRequestedError. pool_client: waits for teachers whose
@@ -76,7 +76,7 @@ class StoredSource:
         self.tables: dict[tuple[int, int], Table] = {}
         self.tokens: dict[tuple[tuple[str, int], int], TokenTable] = {}
         self.touched: dict[str, np.ndarray] = {}
-        # for files of predictions: where the answers to a split's examples are, place_U
+        # for files of predictions: where the predictions of a split's examples are, place_U
         self.places: dict[tuple[int, int], np.ndarray] = {}
         # seconds since this start for serving requests: loading, forwards, waiting for others
         self.spent_s = 0.0
@@ -103,7 +103,7 @@ class StoredSource:
         if name not in self.touched:
             self.touched[name] = np.zeros((len(self.teachers), len(split.ids_U2)), bool)
         self.touched[name][:, entries_R] |= True if asked_NR is None else asked_NR
-        # answers of a file are neither computed nor kept
+        # predictions of a file are neither computed nor kept
         self.touched[name][[teacher.file is not None for teacher in self.teachers]] = False
 
     def counts(self) -> tuple[int, int]:
@@ -154,8 +154,8 @@ class StoredSource:
         return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
 
     def _answered(self, request: Request) -> np.ndarray:
-        """The answered_NR: which teachers are asked for which examples and have an answer. It is
-        the same on every rank."""
+        """The answered_NR: which teachers are to predict which examples, and can. It is the same
+        on every rank."""
         shape = (len(self.teachers), len(request.entries_R))
         answered_NR = np.ones(shape, bool) if request.asked_NR is None else request.asked_NR.copy()
         for n, teacher in enumerate(self.teachers):
@@ -164,8 +164,8 @@ class StoredSource:
         return answered_NR
 
     def _places(self, n: int, split: Split) -> np.ndarray:
-        """The place_U: where a file's answers to the examples of a split are (-1: there is
-        none)."""
+        """The place_U: where a file's predictions of the examples of a split are (-1: there
+        is none)."""
         key, file = (n, id(split)), self.teachers[n].file
         assert file is not None
         if key not in self.places:

@@ -30,7 +30,7 @@ from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.loaded import bare_names
 from sead_dist.models.pretrained import COPY, NO_EFFECT, Checkpoint, position_limit, weight_files
-from sead_dist.models.sequence_classifier import DTYPES, label_names, refuse_no_head
+from sead_dist.models.sequence_classifier import DTYPES, label_names, reject_no_head
 from sead_dist.runtime.files import files_hash
 from sead_dist.store.store import TeacherKey
 from sead_dist.teachers.inference import SHAPES, Cut, free_rows_from, probe_config
@@ -71,7 +71,7 @@ class Teacher:
 
     @property
     def file(self) -> FileAnswers | None:
-        """The answers of a file of predictions; None for other teachers."""
+        """The predictions of a file; None for other teachers."""
         return self.answers if isinstance(self.answers, FileAnswers) else None
 
     @property
@@ -119,7 +119,7 @@ def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
     counted = words = 0
     missing = set(head)
     for path in weight_files(checkpoint):
-        if path.suffix != ".safetensors":  # an old file must be loaded to see what it holds
+        if path.suffix != ".safetensors":  # an old file must be loaded to find what it holds
             return path.stat().st_size // 4, 0
         said = f"{checkpoint.name}: {path.name}: its weights"
         with reading(path, COPY, said), safe_open(path, framework="numpy") as file:
@@ -131,7 +131,7 @@ def size_of(checkpoint: Checkpoint, head: Sequence[str]) -> tuple[int, int]:
                 words += count
             else:
                 counted += count
-    refuse_no_head(checkpoint, missing)
+    reject_no_head(checkpoint, missing)
     return counted, words
 
 
@@ -236,12 +236,13 @@ def write_trained_rows(model: Path, train: Split) -> None:
 
 
 def trained_on(teacher: Teacher, ids_U2: np.ndarray) -> np.ndarray | None:
-    """bool [U]: which examples a teacher was trained on; None where its folder does not say.
+    """bool [U]: which examples a teacher was trained on; None where its folder does not record
+    that.
 
-    For a file of predictions: which examples it does not answer. Raises UserError for a damaged
+    For a file of predictions: which examples it does not hold. Raises UserError for a damaged
     file of trained rows.
     """
-    if teacher.file is not None:  # it cannot be asked for the rows that it lacks
+    if teacher.file is not None:  # it cannot predict the rows that it lacks
         return np.asarray(teacher.file.places(ids_U2) < 0)
     path = teacher.trained_rows
     if path is None:
@@ -272,8 +273,8 @@ def out_of_fold(teachers: Sequence[Teacher], split: Split) -> np.ndarray:
     """The fit_NU: which teachers' predictions of which examples do not come from a model that was
     trained on the example's gold label.
 
-    A classifier counts only where its folder says so. A file of predictions counts for the rows
-    that it answers, and a language model with a prompt for all.
+    A classifier counts only where its folder holds its trained rows. A file of predictions counts
+    for the rows that it holds, and a language model with a prompt for all.
     """
     seen = [trained_on(teacher, split.ids_U2) for teacher in teachers]
     return np.stack([

@@ -35,7 +35,7 @@ class Drift:
 
 # up to so many classes other orders are tried: 4! = 24
 MOST_CLASSES_REORDERED = 4
-# a file of predictions that answers fewer selection rows cannot be validated
+# a file with predictions of fewer selection rows cannot be validated
 FEWEST_ROWS = 50
 # on these tasks the majority baseline is the state of the art, so a failure is only reported
 LENIENT_TASKS = ("wnli",)
@@ -45,11 +45,11 @@ LENIENT_TASKS = ("wnli",)
 class Validation:
     """The result for one teacher.
 
-    score: None where it answers too few rows to be validated. better_order: the labels in the order
-    that would give it a better score, if there is one. off_scale: the range of its scores, if the
-    mean of the gold scores would predict these better than it does. drift: its comparison with
-    fp32, if it was asked for and the teacher is not in fp32. rows: the number of rows that it
-    answers.
+    score: None where it predicts too few rows to be validated. better_order: the labels in the
+    order that would give it a better score, if there is one. off_scale: the range of its scores, if
+    the mean of the gold scores would predict these better than it does. drift: its comparison with
+    fp32, if it was requested and the teacher is not in fp32. rows: the number of rows that it
+    predicts.
     """
 
     name: str
@@ -74,8 +74,8 @@ def ask_all(
 ) -> np.ndarray:
     """The task-order logits_NBC of every teacher for every row of a split. All ranks call this.
 
-    They are NaN where a teacher has no answer or is not asked. asked_NU: which teachers are asked
-    for which examples (None: all for all).
+    They are NaN where a teacher has no prediction, or none is requested. asked_NU: which teachers
+    are to predict which examples (None: all of them).
     """
     wanted = np.arange(len(split.ids_U2))
     pieces = []
@@ -128,7 +128,7 @@ def off_scale(
 
 
 def is_scored(teacher: Teacher, rows: int) -> bool:
-    """Whether a teacher that answers so many selection rows is validated on them."""
+    """Whether a teacher that predicts so many selection rows is validated on them."""
     return teacher.file is None or rows >= FEWEST_ROWS
 
 
@@ -141,7 +141,7 @@ def validate(
 ) -> list[Validation]:
     """Each teacher's score on the selection split, beside that of the majority baseline.
 
-    Only the rows that it answers count (logits_NBC: NaN where it does not).
+    Only the rows that it predicts count (logits_NBC: NaN in the others).
     """
     metric = task.metrics[0]
     results = []
@@ -192,7 +192,7 @@ def ask_and_validate(
 
 
 def answered(logits_BC: np.ndarray, examples: ExampleSet) -> tuple[np.ndarray, ExampleSet]:
-    """Logits and rows of the examples that a teacher answers (NaN: it does not answer)."""
+    """Logits and rows of the examples that a teacher predicts (NaN: it does not)."""
     present_B = ~np.isnan(logits_BC).any(axis=1)
     if present_B.all():
         return logits_BC, examples

@@ -31,10 +31,10 @@ def load_whole(
     rows: CheckRows | None = None,
 ) -> PreTrainedModel:
     """The teacher in eval mode, without gradients, in its dtype on its device, with 8-bit weights
-    or packs where its entry or its cut says so.
+    or packs where its entry or its cut has them.
 
     empty: models without memory, by shape; a missing one is added. rows: rows of the run to try the
-    model on (None: fixed texts). Raises UserError where its weights cannot be read, or its answers
+    model on (None: fixed texts). Raises UserError where its weights cannot be read, or its logits
     depend on the batch.
     """
     model = None if trust_remote_code else _filled(teacher, device, empty)

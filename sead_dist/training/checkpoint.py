@@ -25,7 +25,7 @@ from sead_dist.runtime.distributed import World, barrier, from_main, gather_obje
 from sead_dist.runtime.files import put_folder, sync
 from sead_dist.runtime.run_log import RunLog, read_as, steps_done, tell, write_json
 from sead_dist.training.engine import AVERAGE_FILE, Engine
-from sead_dist.training.identity import Identity, refuse_other
+from sead_dist.training.identity import Identity, reject_other
 
 # the format of state.json (1: without rules, start and best_loss)
 FORMAT = 2
@@ -171,7 +171,7 @@ class Checkpointer:
                 record = self._read(folder)
                 if record is not None:
                     saved = Identity.read(folder / "state.json")
-                    refuse_other(self.folder.parent, saved, self.identity)
+                    reject_other(self.folder.parent, saved, self.identity)
                     if record["format"] != FORMAT:
                         raise UserError(
                             f"{folder} has format {record['format']}, and this version of "

@@ -2,7 +2,7 @@
 
 The key `deepspeed` or `accelerate launch` names them. They are read from a JSON file, and every
 `auto` is filled from the run's own configuration. Settings of a launcher that this package would
-ignore are refused.
+ignore are rejected.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from sead_dist.config.load import shipped_files
 from sead_dist.config.schema import Precision, RunConfig
-from sead_dist.errors import UserError, reason, refusal
+from sead_dist.errors import UserError, reason, rejection
 
 # sections of a DeepSpeed file for which a run has its own keys
 OURS = {
@@ -49,7 +49,7 @@ def zero_config(config: RunConfig, ranks: int) -> ZeroConfig | None:
     Raises UserError where DeepSpeed is not installed, and for settings that contradict the run's or
     each other, or that would be ignored.
     """
-    refuse_ignored(config)
+    reject_ignored(config)
     launcher = launcher_deepspeed(config)
     if config.deepspeed and launcher and find_file(config.deepspeed) != find_file(launcher):
         raise UserError(
@@ -68,7 +68,7 @@ def zero_config(config: RunConfig, ranks: int) -> ZeroConfig | None:
     return ZeroConfig(path.stem, filled(path, config, ranks))
 
 
-def refuse_ignored(config: RunConfig) -> None:
+def reject_ignored(config: RunConfig) -> None:
     """Raises UserError for settings of `accelerate launch` that a run would ignore."""
     for name in FOREIGN:
         if _is_true(name):
@@ -135,7 +135,7 @@ def read_file(path: Path) -> dict[str, Any]:
         zero = values["zero_optimization"]
         stage, devices = zero["stage"], {k: zero.get(k, {}).get("device", "none") for k in OFFLOADS}
     except Exception as error:
-        raise refusal(
+        raise rejection(
             f"{path} is not a DeepSpeed configuration with zero_optimization.stage "
             f"({reason(error)}); for an example see {shipped_files('deepspeed', 'json')['zero2']}",
             error,
@@ -151,7 +151,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def refuse_sections(path: Path, values: dict[str, Any]) -> None:
+def reject_sections(path: Path, values: dict[str, Any]) -> None:
     """Raises UserError for sections of a file that contradict keys of the run."""
     for section, keys in OURS.items():
         given = values.get(section, {"enabled": False})
@@ -190,7 +190,7 @@ def filled(path: Path, config: RunConfig, ranks: int) -> dict[str, Any]:
     """The file's values, with every `auto` filled or left to DeepSpeed's default. Raises UserError
     for values that this run cannot have."""
     values = read_file(path)
-    refuse_sections(path, values)
+    reject_sections(path, values)
     if config.precision == "fp16":
         raise UserError(
             "precision=fp16 cannot be used with DeepSpeed, which would keep the weights in fp16; "

@@ -151,7 +151,7 @@ def _names(teachers: list[dict[str, Any]]) -> str:
     return ", ".join(said) or "none"
 
 
-def refuse_other(run: Path, saved: Identity, asked: Identity) -> None:
+def reject_other(run: Path, saved: Identity, asked: Identity) -> None:
     """Raises UserError when a run directory holds another run than the one asked for."""
     if names := saved.other_rules(asked):
         if names == [SPLITS]:

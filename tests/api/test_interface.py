@@ -241,7 +241,7 @@ FITTING = {
     "register_ensemble": {"name": "mine", "weighting": len},
     "register_teacher": {"kind": "mine", "open": len},
 }
-# what a refusal calls an argument, where that is not its name
+# what a rejection calls an argument, where that is not its name
 SAID = {
     ("load_config", "words"): "argument 2 of load_config",
     ("register_teacher", "kind"): "name",

@@ -16,7 +16,7 @@ from sead_dist.cli.exits import attempt
 from sead_dist.config.load import load_config
 from sead_dist.data.loading import read_rows
 from sead_dist.data.tasks import TASKS, load_task
-from sead_dist.errors import RunError, UserError, reading, refusal
+from sead_dist.errors import RunError, UserError, reading, rejection
 from sead_dist.models.pretrained import Checkpoint, load_model_config
 from sead_dist.runs.claim import try_lock
 from sead_dist.runtime.distributed import join_world
@@ -33,7 +33,7 @@ from sead_dist.store.layout import create, store_folder
 )
 def test_the_same_failure_of_a_file_is_told_alike_everywhere(tmp_path, monkeypatch, number, kind):
     failure = OSError(number, os.strerror(number))
-    assert type(refusal("x", failure)) is kind
+    assert type(rejection("x", failure)) is kind
     for name in ("mine.yaml", "train.tsv", "config.json"):
         (tmp_path / name).write_text("{}")
 

@@ -155,7 +155,7 @@ def test_mnli_has_two_dev_sets():
         load(task, "validation", FIXTURES / "mnli")
 
 
-def test_malformed_line_is_named_or_passed_over(tmp_path, caplog):
+def test_malformed_line_is_named_or_skipped(tmp_path, caplog):
     path = tmp_path / "train.tsv"
     path.write_text("sentence\tlabel\ngood\t1\nno label 0\nbad\t0\n")
     message = r"train.tsv:3: 1 field where 2 are expected .*data.skip_malformed=true"

@@ -103,13 +103,15 @@ def test_an_empty_cell_of_any_kind_is_a_missing_answer_where_it_is_said(tmp_path
     rows = '{"sentence": "a", "label": NaN}\n{"sentence": "b", "label": "positive"}\n'
     file = read(write(tmp_path / "gpt.jsonl", rows), abstain=[""])
     assert file.keys == [("b",)]
-    assert "1 row without an answer ('')" in file.notes
+    assert "1 row without a prediction ('')" in file.notes
 
 
 def test_of_two_columns_of_labels_the_teachers_must_be_named(tmp_path):
     text = "sentence,label,gpt4,note\na,positive,negative,x\nb,negative,,y\n"
     file = write(tmp_path / "gpt.csv", text)
-    with pytest.raises(UserError, match=r"'label' and 'gpt4' both hold answers .* column: gpt4"):
+    with pytest.raises(
+        UserError, match=r"'label' and 'gpt4' both hold predictions .* column: gpt4"
+    ):
         read(file)
     assert read(file, column="label").keys == [("a",), ("b",)]
     assert read(file, column="gpt4", abstain=[""]).keys == [("a",)]
@@ -122,10 +124,10 @@ def test_of_two_columns_of_labels_the_teachers_must_be_named(tmp_path):
         assert read(same).keys == [("a",), ("b",)]
     # which of a file's own names is meant is not a guess either
     two = write(tmp_path / "two.csv", "sentence,prediction,answer\na,positive,negative\n")
-    with pytest.raises(UserError, match="'prediction' and 'answer' both hold answers"):
+    with pytest.raises(UserError, match="'prediction' and 'answer' both hold predictions"):
         read(two)
     scores = "sentence1,sentence2,year,score,gpt\na,b,2012,3.5,1\nc,d,2013,2,4.5\n"
-    with pytest.raises(UserError, match="'score' and 'gpt' both hold answers of task stsb"):
+    with pytest.raises(UserError, match="'score' and 'gpt' both hold predictions of task stsb"):
         read(write(tmp_path / "scores.csv", scores), STSB)
     own = "sentence1,sentence2,gold_label,score,a_score\na,b,3.5,3,3.2\n"
     assert read(write(tmp_path / "own.csv", own), STSB).values_KC.tolist() == [[3.0]]
@@ -239,7 +241,7 @@ BAD = {
     "ids of another kind": ("id,label\n17,positive\n", {}, "row 1: column 'id' holds '17', which is not an id"),
     "a class without a column": ("sentence,negative\na,.2\n", {}, "has columns of classes \\(negative\\), and none for positive"),
     "two columns of a class": ("sentence,negative,positive,p_positive\na,.2,.8,.8\n", {}, "both belong to the label 'positive'"),
-    "no answers at all": ("sentence,note\na,x\n", {}, "has no answers: expected a column for each class"),
+    "no answers at all": ("sentence,note\na,x\n", {}, "has no predictions: expected a column for each class"),
     "NaN": (HEAD + "a,.2,.8\nb,nan,.1\n", {}, "row 2: column 'negative' holds 'nan'; expected a number"),
     "a blank": (HEAD + "a,.2,\n", {}, "row 1: column 'positive' holds ''; expected a number"),
     "a word": (HEAD + "a,low,.8\n", {}, "row 1: column 'negative' holds 'low'; expected a number"),
@@ -251,10 +253,10 @@ BAD = {
     "logarithms above 0": (HEAD + "a,.2,.8\n", {"kind": "log_probabilities"}, "are not log-probabilities.*after exp"),
     "logarithms of no probabilities": (HEAD + "a,-1,-1\n", {}, "row 1: its probabilities sum to 0.7358"),
     "probabilities that are none": ("sentence,label\na,positive\n", {"kind": "probabilities"}, "kind: probabilities needs a column for each class"),
-    "duplicates that differ": (HEAD + "a,.2,.8\nb,.5,.5\na,.3,.7\n", {}, "rows 1 and 3 hold different answers for 'a'; remove one"),
+    "duplicates that differ": (HEAD + "a,.2,.8\nb,.5,.5\na,.3,.7\n", {}, "rows 1 and 3 hold different predictions of 'a'; remove one"),
     "an unknown label": ("sentence,label\na,maybe\n", {}, "has labels that task small does not have: 'maybe' 1"),
-    "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "has no answer for any row: each one is missing or an unknown label; add"),
-    "nothing but missing answers": ("sentence,label\na,?\n", {"abstain": ["?"]}, "has no answer for any row"),
+    "nothing but unknown labels": ("sentence,label\na,maybe\n", {"unknown": "skip"}, "has no prediction of any row: each one is missing or an unknown label; add"),
+    "nothing but missing answers": ("sentence,label\na,?\n", {"abstain": ["?"]}, "has no prediction of any row"),
     "a label that is not there": ("sentence,label\na,\n", {}, "labels that task small does not have: '' 1"),
     "a mapping to no label": ("sentence,label\na,x\n", {"labels": {"x": "good"}}, "'x' stands for 'good', which is not a label of task small"),
     "a confidence above 1": ("sentence,label,confidence\na,positive,95\n", {}, "row 1: column 'confidence' holds '95'; expected a probability"),

@@ -68,7 +68,7 @@ def test_a_kind_is_what_the_table_says(tmp_path, kind):
     found = {**as_a_teacher(tmp_path / "one", kind), **by_its_layers(tmp_path / "four", kind)}
     said = documented()[kind]
     # what no padding leaves alone follows no teacher's inside
-    found["features"] = "refused" if found["student"] == "refused" else its_features(kind)
+    found["features"] = "rejected" if found["student"] == "rejected" else its_features(kind)
     assert found == {column: said[column] for column in found}
 
 
@@ -76,20 +76,20 @@ def test_a_kind_is_what_the_table_says(tmp_path, kind):
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_a_kind_is_exported_as_the_table_says(tmp_path, kind):
     works = is_exported(tmp_path, kind, documented()[kind]["padding"])
-    assert documented()[kind]["ONNX"] == ("works" if works else "refused")
+    assert documented()[kind]["ONNX"] == ("works" if works else "rejected")
 
 
 def test_all_that_is_asked_for_today_works_but_what_is_told():
     """The cells that may be refused: layers that are shared or of two kinds, and more than an
     encoder alone."""
     said = documented()
-    refused = {
+    rejected = {
         (kind, column)
         for kind in BACKBONES
         for column, cell in said[kind].items()
-        if cell == "refused"
+        if cell == "rejected"
     }
-    assert refused == {
+    assert rejected == {
         *(("albert", "layers"), ("t5", "layers")),
         *(("t5", "features"), ("t5", "ONNX")),
     }
@@ -97,14 +97,14 @@ def test_all_that_is_asked_for_today_works_but_what_is_told():
 
 
 def outcome(ask: Callable[[], object]) -> str:
-    """Whether it works, or is refused in one line."""
+    """Whether it works, or is rejected in one line."""
     said: Exception | None = None
     try:
         ask()
     except (UserError, RunError) as error:
         said = error
     assert "\n" not in str(said)
-    return "works" if said is None else "refused"
+    return "works" if said is None else "rejected"
 
 
 def as_a_teacher(folder: Path, kind: str) -> dict[str, str]:
@@ -166,7 +166,7 @@ def by_its_layers(folder: Path, kind: str) -> dict[str, str]:
             with torch.inference_mode():
                 torch.testing.assert_close(plain(**ids).logits, made[0](**ids).logits)
             return {"layers": said}
-    return {"layers": "refused"}
+    return {"layers": "rejected"}
 
 
 def its_features(kind: str) -> str:
@@ -178,7 +178,7 @@ def its_features(kind: str) -> str:
         for method in METHODS
         if outcome(lambda method=method: check_inside(model, inputs, method, "it")) == "works"
     ]
-    return "all" if len(read) == len(METHODS) else ", ".join(read) or "refused"
+    return "all" if len(read) == len(METHODS) else ", ".join(read) or "rejected"
 
 
 def is_exported(folder: Path, kind: str, side: str) -> bool:
@@ -189,7 +189,7 @@ def is_exported(folder: Path, kind: str, side: str) -> bool:
     pads = int(tokenizer.pad_token_id), int(tokenizer.pad_token_type_id)
     batch = padded(rows, side, *pads)
     two = {name: tensor[:2] for name, tensor in batch.items()}
-    if outcome(lambda: onnx_export.write_onnx(model, two, folder / "x.onnx")) == "refused":
+    if outcome(lambda: onnx_export.write_onnx(model, two, folder / "x.onnx")) == "rejected":
         return False
     run = onnx_export.open_onnx(folder / "x.onnx", 1)
     for inputs in (batch, rows[0], rows[3], two):

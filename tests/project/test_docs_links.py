@@ -1,5 +1,6 @@
 """What README and pages point at is there: links, headings, files, commands and keys."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -20,6 +21,13 @@ PAGES = (
 KEPT = tuple(page for page in PAGES if "results" in page.relative_to(ROOT).parts)
 CURRENT = tuple(page for page in PAGES if page not in KEPT)
 SOURCES = (".py", ".yaml", ".j2", ".sh", ".sbatch")
+# headings of docs/troubleshooting.md that quote what another program prints
+FOREIGN = ("unrecognized arguments:", "You can't use use_cpu and use_deepspeed together")
+# what stands for a value in a quoted message
+VALUE = re.compile(
+    r"\.\.\.|\bprocess N\b|"
+    r"\b(?:[A-Z]+(?:_\d)?|\d+|None|bf16|finetune|forward|max_steps|mpirun|nan|srun)\b"
+)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -90,6 +98,21 @@ def command_lines(page):
     return [line for line in words if "..." not in line]
 
 
+def headings_of_messages():
+    """The messages of the program that head a part of docs/troubleshooting.md."""
+    heads = re.findall(r"^\*\*(.*?)\*\*", prose(ROOT / "docs" / "troubleshooting.md"), re.M | re.S)
+    quotes = [" ".join(quote.split()) for head in heads for quote in re.findall(r"`([^`]+)`", head)]
+    return [one for one in quotes if one.count(" ") > 1 and not one.startswith(FOREIGN)]
+
+
+def strings_of_the_source():
+    """Every string of the package's code, a line each. Formatted values are left out."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "sead_dist").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
+    return "\n".join(" ".join(text.split()) for text in texts if isinstance(text, str))
+
+
 def keys_of(section, prefix=""):
     for name, field in section.model_fields.items():
         yield prefix + name
@@ -128,6 +151,18 @@ def test_command_lines_are_understood(page):
         words = getattr(parse(line), "words", [])
         keys = {word.partition("=")[0] for word in words if "=" in word}
         assert keys <= known, line
+
+
+def test_messages_that_head_a_part_of_troubleshooting_are_in_the_code():
+    source, quotes = strings_of_the_source(), headings_of_messages()
+    assert len(quotes) > 20
+    missing = {
+        (quote, part)
+        for quote in quotes
+        for part in (part.strip(" ,;:()'") for part in VALUE.split(quote))
+        if part not in source
+    }
+    assert missing == set()
 
 
 def test_readme_fits_its_length():

@@ -24,7 +24,7 @@ def task(tmp_path_factory):
     return data, [save_teacher(root / "a"), file]
 
 
-def refusals(given, output, commands, **of_plan):
+def rejections(given, output, commands, **of_plan):
     """What each of these commands says of a run, none of which may write."""
     config = load_config(given)
     asked = {"ranks": None, "gpu_memory": None, "rates_file": None, "json_file": None, **of_plan}
@@ -87,7 +87,7 @@ def test_whatever_starts_a_run_refuses_it_with_the_same_line(
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     given = words(*task, tmp_path / "run", **{"placement": "pool", **keys})
-    said = refusals(given, tmp_path, commands)
+    said = rejections(given, tmp_path, commands)
     assert line in said["distill"]
     assert said == dict.fromkeys(commands, said["distill"])
 
@@ -96,7 +96,7 @@ def test_a_folder_that_is_not_a_store_is_refused_by_a_plan_too(task, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").touch()
     given = words(*task, tmp_path / "run", store=tmp_path / "other")
-    said = refusals(given, tmp_path, STUDENT)
+    said = rejections(given, tmp_path, STUDENT)
     assert "holds other things ('letter.txt')" in said["distill"]
     assert said["plan"] == said["distill"]
 
@@ -105,7 +105,7 @@ def test_a_plan_for_other_ranks_is_checked_for_those(task, tmp_path):
     data, (teacher, _) = task
     entry = f"{{path: {teacher}, placement: partitioned}}"
     given = words(data, [entry], tmp_path / "run", method="minilm")
-    said = refusals(given, tmp_path, ["plan"], ranks=2)["plan"]
+    said = rejections(given, tmp_path, ["plan"], ranks=2)["plan"]
     assert said.startswith("teacher a is partitioned, and feature_loss=minilm needs it on every")
 
 
@@ -117,5 +117,5 @@ def test_a_plan_for_other_hardware_is_checked_for_that(task, tmp_path, capsys):
     print_plan(plan(load_config(given), ALONE, None, None, rates, False, None))
     assert "a GPU" in capsys.readouterr().out
     rates.write_text(f"{rates.read_text()}device: cpu\n")
-    said = refusals(given, tmp_path, ["plan"], rates_file=rates)["plan"]
+    said = rejections(given, tmp_path, ["plan"], rates_file=rates)["plan"]
     assert said.startswith("precision=fp16 needs a GPU")

@@ -191,11 +191,11 @@ def test_code_in_a_weights_file_is_refused_and_not_run(
     evil = old_hub_folder(teachers[1], tmp_path / "evil", zipped)
     payload = {"classifier.weight": MakesFolder(evil / "ran")}
     torch.save(payload, evil / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    refusal = r"evil: its weights cannot be read: .*mkdir"
-    with pytest.raises(UserError, match=refusal) as caught:
+    rejection = r"evil: its weights cannot be read: .*mkdir"
+    with pytest.raises(UserError, match=rejection) as caught:
         scores(evil, grammar / "task.yaml", grammar, tmp_path)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=refusal):
+    with pytest.raises(UserError, match=rejection):
         distil(words(tmp_path / "run", f"teachers=[{evil}]"))
     assert not (evil / "ran").exists()
 

@@ -208,14 +208,14 @@ def result(accuracy, shift=0.0):
 
 
 def test_a_metric_that_differs_is_refused_though_the_logits_agree():
-    export.refuse_difference(result(0.5), result(0.5, 5e-5))
+    export.reject_difference(result(0.5), result(0.5, 5e-5))
     with pytest.raises(RunError, match=r"accuracy 0\.5100 on validation, PyTorch has 0\.5000"):
-        export.refuse_difference(result(0.5), result(0.51))
+        export.reject_difference(result(0.5), result(0.51))
     with pytest.raises(RunError, match="in a logit of validation"):
-        export.refuse_difference(result(0.5), result(0.5, 5e-4))
+        export.reject_difference(result(0.5), result(0.5, 5e-4))
     broken = replace(result(0.5), logits_BC=np.full((2, 2), np.nan, np.float32))
     with pytest.raises(RunError, match="by nan in a logit"):
-        export.refuse_difference(result(0.5), broken)
+        export.reject_difference(result(0.5), broken)
 
 
 def test_an_export_of_another_kind_takes_the_place_of_the_old_one(exported, tmp_path):

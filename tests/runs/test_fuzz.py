@@ -33,7 +33,7 @@ from sead_dist.models.student import check_start
 from sead_dist.planning.rates import read_given
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import read_run
-from sead_dist.runs.claim import has_progress, read_student_store, refuse_other_keys
+from sead_dist.runs.claim import has_progress, read_student_store, reject_other_keys
 from sead_dist.runs.predicted_rows import predict_file
 from sead_dist.runtime.run_log import is_finished, read_metrics, steps_done
 from sead_dist.slurm.jobs import progress, registered
@@ -262,7 +262,7 @@ def fuzz_runs(fuzzer, finished, config, folder):
     job = {"name": "a", "job": "1", "folder": str(folder), "runs": [str(run)], "submitted": "2026"}
     (jobs / "one.json").write_text(json.dumps(job))
     readers = (
-        ("run.json", lambda: refuse_other_keys(own)),
+        ("run.json", lambda: reject_other_keys(own)),
         ("run_summary.json", lambda: is_finished(run)),
         ("metrics.jsonl", lambda: (read_metrics(run), has_progress(run))),
         ("progress.json", lambda: steps_done(run)),

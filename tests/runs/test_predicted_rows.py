@@ -22,7 +22,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_a_row_that_cannot_be_read_is_named_and_on_request_passed_over(
+def test_a_row_that_cannot_be_read_is_named_and_on_request_skipped(
     finished, tmp_path, capsys, shown
 ):
     file, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -38,7 +38,7 @@ def test_a_row_that_cannot_be_read_is_named_and_on_request_passed_over(
     assert "skipped 2 rows that cannot be read" in said
 
 
-def test_ragged_lines_are_passed_over_on_request_and_listed(finished, tmp_path, caplog):
+def test_ragged_lines_are_skipped_on_request_and_listed(finished, tmp_path, caplog):
     file, output = tmp_path / "in.csv", tmp_path / "out.jsonl"
     file.write_text("id,sentence\n1,good\n2\n3,bad,more\n4,fine\n")
     with pytest.raises(UserError, match=r"in.csv:3: 1 field where 2 are expected"):
@@ -48,12 +48,12 @@ def test_ragged_lines_are_passed_over_on_request_and_listed(finished, tmp_path, 
     assert "skipped 2 malformed lines: 3, 4" in caplog.text
 
 
-def test_a_file_without_one_good_row_is_refused_though_rows_are_passed_over(finished, tmp_path):
+def test_a_file_without_one_good_row_is_refused_though_rows_are_skipped(finished, tmp_path):
     file = tmp_path / "in.jsonl"
     file.write_text('{"text": "good"}\n{"text": "bad"}\n')
     with pytest.raises(UserError, match="no column 'sentence'; its columns: text"):
         predict_file(str(finished), file, None, None, None, skip_malformed=True)
-    # passing over would leave nothing
+    # without this row nothing is left
     with pytest.raises(UserError, match=r"no column 'sentence'; .* rename one in the file"):
         Settings().examples(task_of(str(finished), None), [{"text": "good"}], "in.jsonl")
 
@@ -143,7 +143,7 @@ def test_standard_input_goes_to_standard_output_with_progress_beside_it(
     assert "rows predicted: 40/40 (100%)" in done.stderr
 
 
-def test_a_call_from_python_answers_none_for_a_row_that_it_passes_over(finished):
+def test_a_call_from_python_answers_none_for_a_skipped_row(finished):
     rows = [{"sentence": "good"}, {"sentence": None}, {"sentence": "bad"}]
     with pytest.raises(UserError, match="given row 2"):
         sd.predict(finished, rows)

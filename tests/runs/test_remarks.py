@@ -122,7 +122,7 @@ def test_distill_without_teachers_by_method_finetune_trains(tmp_path, task):
     given = words(task[0], [], tmp_path / "run", max_steps=1)
     assert attempt_recipe("distill", [*given, "method=finetune"]) is None
     # the keys of a teacher's own run
-    checks.refuse_untaught(load_config([*given, "method=finetune", "ensemble=score"]))
+    checks.reject_untaught(load_config([*given, "method=finetune", "ensemble=score"]))
 
 
 def test_an_ensemble_no_better_than_its_best_member_is_told_by_interval_everywhere(

@@ -145,5 +145,5 @@ def test_from_a_csv_of_answers_to_a_student_as_the_page_says(tiny_task, tmp_path
         result = cli(*given_words, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "6 rows without an answer ('unsure')" in log
+    assert "6 rows without a prediction ('unsure')" in log
     assert model_bytes(tmp_path / "out")

@@ -19,7 +19,7 @@ from sead_dist.reporting.report import write_report
 from sead_dist.runs.distillation import distill
 from sead_dist.runtime.distributed import World
 from sead_dist.sweep.run import run_sweep
-from sead_dist.training.identity import RULES, Identity, refuse_other, rules_of
+from sead_dist.training.identity import RULES, Identity, reject_other, rules_of
 
 OLD = Path(__file__).parents[1] / "fixtures" / "b2c3d08"
 ALONE = World(0, 1, torch.device("cpu"))
@@ -143,7 +143,7 @@ def test_every_rule_has_a_part_in_the_identity():
         with pytest.raises(
             UserError, match=f"rules {name} 0; this version has {name} {RULES[name]}"
         ):
-            refuse_other(Path("run"), other, now)
+            reject_other(Path("run"), other, now)
     written = json.loads(json.dumps({"config": {}, "data": "data", "teachers": []}))
     assert set(Identity(**written).other_rules(now)) == set(RULES)
 
@@ -152,14 +152,14 @@ def test_rules_of_splits_count_only_where_they_give_other_rows():
     config = load_config(["sst2", "teachers=[m]", "output_dir=run"])
     now = Identity.of(config, "data", [], "start", "")
     older = replace(now, rules=dict(RULES))
-    refuse_other(Path("run"), older, now)
-    refuse_other(Path("run"), older, older.with_data("data"))
+    reject_other(Path("run"), older, now)
+    reject_other(Path("run"), older, older.with_data("data"))
     for other in (now.with_data("rows"), older.with_data("rows"), replace(now, data="rows")):
         with pytest.raises(UserError, match=r"of other rows: .* \(rules splits 1, here 2\)"):
-            refuse_other(Path("run"), older, other)
+            reject_other(Path("run"), older, other)
     # under the same rules the data are others
     with pytest.raises(UserError, match="holds another run: the fingerprint of data and task was"):
-        refuse_other(Path("run"), now, now.with_data("rows"))
+        reject_other(Path("run"), now, now.with_data("rows"))
 
 
 def test_a_run_whose_rows_an_older_version_divided_is_refused_as_such(old):
@@ -188,10 +188,10 @@ def test_a_run_with_files_of_predictions_has_the_rules_of_their_rows():
     assert rules_of(load_config(words)) == RULES
     assert rules_of(load_config([words[0], "teachers=[m]", "ensemble=fixed", words[2]])) == RULES
     with pytest.raises(UserError, match="with the rules answers 1; this version has answers 2"):
-        refuse_other(Path("run"), begun, now)
+        reject_other(Path("run"), begun, now)
     # a file that is given besides is another teacher, not another version
     with pytest.raises(UserError, match="holds another run: teachers were m"):
-        refuse_other(Path("run"), replace(begun, teachers=[model]), now)
+        reject_other(Path("run"), replace(begun, teachers=[model]), now)
 
 
 def test_groups_and_accepted_answers_are_part_of_the_data():

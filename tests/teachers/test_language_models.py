@@ -372,7 +372,7 @@ def test_places_without_a_model_are_told_in_one_line(tmp_path, llama, monkeypatc
 
 
 def test_other_tasks_and_placements_are_told_in_one_line(llama, tmp_path):
-    with pytest.raises(UserError, match=r"the answers of task stsb \(regression\) are not classes"):
+    with pytest.raises(UserError, match=r"the labels of task stsb \(regression\) are not classes"):
         opened(entry(llama, '"{sentence1}:"'), task=load_task("stsb"))
     with pytest.raises(UserError, match="no chat template; leave chat out"):
         opened(entry(save_llm(tmp_path / "bare"), more=", chat: true"))

@@ -19,7 +19,7 @@ from sead_dist.config.load import load_config
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.claim import read_student_store, try_lock, write_student_store
 from sead_dist.runs.distillation import distill
-from sead_dist.runs.pool_worker import refuse_other_store, teach, worker_folder
+from sead_dist.runs.pool_worker import reject_other_store, teach, worker_folder
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished
 from sead_dist.store.layout import create
@@ -251,13 +251,13 @@ def test_a_worker_that_would_fill_another_store_is_refused_and_both_are_named(wa
 def test_a_store_is_known_by_its_id_not_by_its_path(tmp_path):
     run, mine = tmp_path / "run", create(tmp_path / "store")
     run.mkdir()
-    refuse_other_store(run, mine)  # no student yet
+    reject_other_store(run, mine)  # no student yet
     write_student_store(run, tmp_path / "where-the-student-sees-it", store_id(mine))
-    refuse_other_store(run, mine)
+    reject_other_store(run, mine)
     # on another machine's own disk a folder of the same path is another store
     write_student_store(run, tmp_path / "store", store_id(create(tmp_path / "elsewhere")))
     with pytest.raises(UserError, match=f"reads the store {tmp_path / 'store'}, and this"):
-        refuse_other_store(run, mine)
+        reject_other_store(run, mine)
 
 
 def test_word_of_an_earlier_student_is_forgotten_with_the_next(task, tmp_path):
