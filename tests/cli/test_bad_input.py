@@ -247,7 +247,8 @@ def test_classes_without_names_and_the_line_that_mends_it(
 ):
     nameless = teacher(1, id2label={"0": "LABEL_0", "1": "LABEL_1"})
     line = refused(
-        r"names its classes LABEL_0, LABEL_1, which says nothing", f"teachers=[{nameless}]"
+        r"names its classes LABEL_0, LABEL_1, which does not show their order",
+        f"teachers=[{nameless}]",
     )
     entry = re.search(r"\{path: .*?\]\}", line)[0]
     # as it stands it says the task's order, in which this teacher is wrong: it is told so

@@ -91,7 +91,7 @@ def test_predictions_have_rows_names_probabilities_and_texts(tmp_path, task, tex
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["temperature=4", "teachers=[]", "method=finetune"], ["temperature=4.0 is not read: no teacher"]),
+        (["temperature=4", "teachers=[]", "method=finetune"], ["temperature=4.0 is not read: the run uses no teacher"]),
         (["loss=mse", "temperature=4", "ensemble=mean_logits"], ["temperature=4.0 is not read: loss=mse compares logits"]),
         (["feature_stage_ratio=0.2"], ["feature_stage_ratio=0.2 is not read: it is for feature_loss="]),
         (["unlabeled.ratio=2"], ["unlabeled.ratio=2.0 is not read: there is no unlabelled text"]),
