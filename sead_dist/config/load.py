@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sead_dist.config.keys import all_keys, defaults
-from sead_dist.config.mistakes import explain
+from sead_dist.config.mistakes import check_repair, explain
 from sead_dist.config.names import RENAMED, did_you_mean, known_names
 from sead_dist.config.registered import load_plugins
 from sead_dist.config.schema import METHOD_KEYS, RunConfig
@@ -349,22 +349,6 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
             f"choose a divisor, e.g. micro_batch_size={_largest_divisor(config)}"
         )
     return config
-
-
-def check_repair(config: RunConfig) -> None:
-    """Raises UserError for a start that has nothing to repair."""
-    given = f"repair.text={config.repair.text}"
-    if config.student.layers is None and config.repair.teacher is None:
-        raise UserError(
-            f"{given} needs student.layers or repair.teacher, and neither is given; give "
-            "student.layers (the start learns the hidden states of the whole model), "
-            "repair.teacher=DIR (it learns those of another model), or leave repair out"
-        )
-    if config.student_init == "feature_teacher":
-        raise UserError(
-            f"{given} repairs the student's own start, and student_init=feature_teacher replaces "
-            "this start; give student_init=own, or leave repair out"
-        )
 
 
 def _of_method(layer: Mapping[str, Any], method: str) -> Mapping[str, Any]:

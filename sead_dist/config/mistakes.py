@@ -7,9 +7,12 @@ import yaml
 from pydantic import ValidationError
 
 from sead_dist.config.names import RENAMED, nearest, new_name
+from sead_dist.errors import UserError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+    from sead_dist.config.schema import RunConfig
 
 
 def explain(error: ValidationError, known: Sequence[str]) -> str:
@@ -110,3 +113,19 @@ def expected_value(mistake: "ErrorDetails") -> str:
         return f"expected more values; give at least {'one' if least == 1 else least}"
     message = mistake["msg"].removeprefix("Value error, ")
     return message[0].lower() + message[1:]
+
+
+def check_repair(config: "RunConfig") -> None:
+    """Raises UserError for a start that has nothing to repair."""
+    given = f"repair.text={config.repair.text}"
+    if config.student.layers is None and config.repair.teacher is None:
+        raise UserError(
+            f"{given} needs student.layers or repair.teacher, and neither is given; give "
+            "student.layers (the start learns the hidden states of the whole model), "
+            "repair.teacher=DIR (it learns those of another model), or leave repair out"
+        )
+    if config.student_init == "feature_teacher":
+        raise UserError(
+            f"{given} repairs the student's own start, and student_init=feature_teacher replaces "
+            "this start; give student_init=own, or leave repair out"
+        )

@@ -23,6 +23,7 @@ from sead_dist.errors import UserError
 from sead_dist.models.inputs_check import (
     CheckRows,
     Padding,
+    fitting_length,
     padded,
     padding_of,
     probe_rows,
@@ -31,12 +32,7 @@ from sead_dist.models.inputs_check import (
     real_rows,
     reset_attention,
 )
-from sead_dist.models.pretrained import (
-    OFFSET_POSITIONS,
-    fitting_length,
-    position_limit,
-    tokenizer_hash,
-)
+from sead_dist.models.pretrained import OFFSET_POSITIONS, position_limit, tokenizer_hash
 
 # most tokens of a row for a model that sets no limit of its own
 LONGEST = 512

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sead_dist.data.examples import ExampleSet, subset
 from sead_dist.data.tokens import TokenTable, tokenize
 from sead_dist.errors import UserError
-from sead_dist.models.pretrained import fitting_length
+from sead_dist.models.pretrained import position_limit
 from sead_dist.models.sequence_classifier import new_classifier
 
 Padding = Literal["right", "left", "none"]
@@ -303,3 +303,8 @@ def probed_padding(
         return padding_of(model, CheckRows(rows, lambda side: [padded(rows, side, *pads)]), first)
     except Exception:  # such a model is checked when it is loaded
         return "left" if first == "left" else "right"
+
+
+def fitting_length(asked: int, config: PretrainedConfig) -> int:
+    """`asked` tokens, or fewer where the model's positions end before."""
+    return min(asked, position_limit(config) or asked)

@@ -53,12 +53,8 @@ COUNTED = (
 )
 # keys of a config that do not change logits
 NO_EFFECT = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "id2label",
-    "label2id",
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype"),
+    *("id2label", "label2id"),
 )
 # no size of a model is larger
 LARGEST = 2**31
@@ -383,11 +379,6 @@ def position_limit(config: "PretrainedConfig") -> int | None:
     if limit is None or config.model_type not in OFFSET_POSITIONS:
         return limit
     return limit - 1 - FIXED_PADDING.get(config.model_type, config.pad_token_id or 0)
-
-
-def fitting_length(asked: int, config: "PretrainedConfig") -> int:
-    """`asked` tokens, or fewer where the model's positions end before."""
-    return min(asked, position_limit(config) or asked)
 
 
 def embeddings_for(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -145,9 +145,7 @@ def output_folder(name: str, output: str | None) -> Path:
         raise UserError(f"--output {folder} holds other files than an export; give a new folder")
     if not folder.parent.is_dir():
         what = "is not a folder" if folder.parent.exists() else "does not exist"
-        raise UserError(
-            f"--output {folder}: {folder.parent} {what}; make it first, or give another"
-        )
+        raise UserError(f"--output {folder}: {folder.parent} {what}; make it or give another")
     if not os.access(folder.parent, os.W_OK):
         raise RunError(f"--output {folder}: folder {folder.parent} is not writable; give another")
     return folder
