@@ -17,6 +17,8 @@ from forked import run_command
 
 # before huggingface_hub is imported, which reads it once
 os.environ["HF_HUB_OFFLINE"] = "1"
+# before torch is: tests compare runs of this process, bit for bit, with runs of one thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Distil = Callable[[Sequence[str]], Path]
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
