@@ -25,7 +25,7 @@ SOURCES = (".py", ".yaml", ".j2", ".sh", ".sbatch")
 FOREIGN = ("unrecognized arguments:", "You can't use use_cpu and use_deepspeed together")
 # what stands for a value in a quoted message
 VALUE = re.compile(
-    r"\.\.\.|\bprocess N\b|"
+    r"\.\.\.|\bprocess N\b|\bN runs\b|"
     r"\b(?:[A-Z]+(?:_\d)?|\d+|None|bf16|finetune|forward|max_steps|mpirun|nan|srun)\b"
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
