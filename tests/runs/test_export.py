@@ -251,8 +251,8 @@ def test_mistakes_are_told_before_any_work(exported, teachers, grammar, tmp_path
     for output, message in (
         (tmp_path / "file", "is a file; give a folder"),
         (tmp_path / "full", "holds other files than an export; give a new folder"),
-        (tmp_path / "no" / "onnx", r"\S+no does not exist; make it first"),
-        (tmp_path / "file" / "onnx", r"\S+file is not a folder; make it first"),
+        (tmp_path / "no" / "onnx", r"\S+no does not exist; make it or give another"),
+        (tmp_path / "file" / "onnx", r"\S+file is not a folder; make it or give another"),
         (".", r"--output \. is the working folder or holds it"),
         (Path.cwd().parent, "is the working folder or holds it"),
     ):
