@@ -93,9 +93,14 @@ def reading(path: Path | str, fix: str, name: str | None = None) -> Iterator[Non
     except Exception as error:
         raise rejection(f"{name or path} cannot be read: {reason(error)}; {fix}", error) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what libraries written in Rust raise
+        if not is_panic(error):
             raise
         raise UserError(f"{name or path} cannot be read: {reason(error)}; {fix}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust raised it, as no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def reason(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from transformers import (
 from sead_dist.config.schema import TeacherConfig
 from sead_dist.data.kinds import align_name
 from sead_dist.data.tasks import TaskSpec
-from sead_dist.errors import RunError, UserError, reading, reason, rejection
+from sead_dist.errors import RunError, UserError, is_panic, reading, reason, rejection
 from sead_dist.models.hidden_states import body_of
 from sead_dist.models.loaded import (
     Loaded,
@@ -237,7 +237,10 @@ def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except Exception as error:  # the callers give the fix, which is not to copy the folder again
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        # the callers give the fix, which is not to copy the folder again
         raise rejection(f"plain Transformers cannot load it ({reason(error)})", error) from error
     if notes["missing_keys"] or notes["mismatched_keys"]:
         lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}

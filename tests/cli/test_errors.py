@@ -17,6 +17,7 @@ from sead_dist.config.load import load_config
 from sead_dist.data.loading import read_rows
 from sead_dist.data.tasks import TASKS, load_task
 from sead_dist.errors import RunError, UserError, reading, rejection
+from sead_dist.models import sequence_classifier
 from sead_dist.models.pretrained import Checkpoint, load_model_config
 from sead_dist.runs.claim import try_lock
 from sead_dist.runtime.distributed import join_world
@@ -89,6 +90,26 @@ def test_what_a_reader_raises_is_one_line_chained_and_a_bug_elsewhere_a_tracebac
     assert said.splitlines()[-1].startswith("sead-dist: a.json cannot be read")
     assert attempt(lambda: {}["a bug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_mock_a_panic_of_a_rust_library_is_one_line_and_an_interrupt_stays_one(
+    tmp_path, monkeypatch
+):
+    """A mock: no file is known that makes safetensors panic."""
+    panic = type("PanicException", (BaseException,), {})
+    for raised, shown in ((panic("index out of range"), UserError), (KeyboardInterrupt(), None)):
+
+        def fail(*_args, raised=raised, **_keys):
+            raise raised
+
+        auto = sequence_classifier.AutoModelForSequenceClassification
+        monkeypatch.setattr(auto, "from_pretrained", fail)
+        with pytest.raises(shown or KeyboardInterrupt) as found:
+            sequence_classifier.load_plain(tmp_path)
+        if shown:
+            assert str(found.value) == (
+                "plain Transformers cannot load it (PanicException: index out of range)"
+            )
 
 
 def test_debug_may_stand_anywhere_after_the_command():
