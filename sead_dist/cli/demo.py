@@ -22,8 +22,8 @@ from sead_dist.runtime.files import written_aside
 from sead_dist.runtime.run_log import read_json
 
 # Layers, width, heads, feed-forward width. Shapes, rows, noise and steps were chosen by the dev
-# accuracy of the seeds 100 to 104 (docs/results/demo.md). With more rows the student alone is as
-# good as these teachers, and has nothing to learn from them.
+# accuracy of the seeds 100 to 104 (docs/results/demo.md). With the former settings the student
+# alone was as good as its teachers, and had nothing to learn from them.
 TEACHER_SHAPES = ((2, 128, 4, 256), (2, 128, 2, 256), (2, 96, 3, 192))
 TRAIN_ROWS = 700
 # the share of wrong labels in the training rows
