@@ -134,6 +134,17 @@ def register_hard_loss(name: str, loss: HardFunction) -> None:
     HARD_LOSSES[name] = loss
 
 
+def check_losses(kind: TaskKind) -> None:
+    """Check that the losses which a kind of task names are registered. Raises UserError."""
+    soft = (("soft_losses", name, list(SOFT_LOSSES)) for name in kind.soft_losses)
+    for key, name, registered in (("hard_loss", kind.hard_loss, list(HARD_LOSSES)), *soft):
+        if name not in registered:
+            raise UserError(
+                f"{key} of the kind of task {kind.name} names {name!r}; expected one of "
+                f"{', '.join(registered)}; correct its plugin, or register the loss there"
+            )
+
+
 def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.Tensor:
     """loss_B against the soft targets, by the loss of this name. Raises UserError for a loss that
     gives another shape: torch would broadcast it without an error."""
@@ -149,8 +160,15 @@ def soft_loss(student_BC: torch.Tensor, soft: SoftTargets, loss: str) -> torch.T
 def hard_loss(
     student_BC: torch.Tensor, labels_B: torch.Tensor, loss: str = "cross_entropy"
 ) -> torch.Tensor:
-    """loss_B against the gold labels (squared_error: scores); 0 where a row has no label."""
-    return HARD_LOSSES[loss](student_BC, labels_B)
+    """loss_B against the gold labels (squared_error: scores); 0 where a row has no label. Raises
+    UserError for a loss that gives another shape, as `soft_loss` does."""
+    loss_B = HARD_LOSSES[loss](student_BC, labels_B)
+    if loss_B.shape != student_BC.shape[:1]:
+        raise UserError(
+            f"hard_loss={loss} gave the shape {tuple(loss_B.shape)} for {len(student_BC)} rows; "
+            "expected one value a row; correct its plugin"
+        )
+    return loss_B
 
 
 def total_loss(

@@ -36,6 +36,7 @@ from sead_dist.models.start import run_start_hash, student_tokenizer
 from sead_dist.models.student import build_student
 from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.objectives.feature_losses import check_feature_loss
+from sead_dist.objectives.losses import check_losses
 from sead_dist.reporting.hub import check_push, check_push_here
 from sead_dist.runs.baseline import OWN, baseline_logits
 from sead_dist.runs.repair import check_repair_setting
@@ -165,6 +166,7 @@ def read_inputs(
 ) -> tuple[TaskSpec, RunExamples, ModelInputs, PreTrainedModel]:
     """(task, examples, the inputs of the student, student)."""
     task = load_task(config.task)
+    check_losses(task.task_kind)
     if config.taught:
         check_method(config, task.task_kind)
     tokenizer = load_tokenizer(student_tokenizer(config.student, config.teachers))

@@ -195,8 +195,10 @@ def check_inputs(config: RunConfig) -> None:
     """
     from sead_dist.models.student import check_start
     from sead_dist.objectives.ensemble import check_method
+    from sead_dist.objectives.losses import check_losses
 
     task = load_task(config.task)
+    check_losses(task.task_kind)
     if not config.encoders:
         reject_untaught(config)
     if config.taught:

@@ -1,19 +1,29 @@
 """Every decision that depends on the kind of a task is that kind's own; a new kind registers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from small import ALONE, words, write_task
 from source_text import comparisons
 
+from sead_dist.config.load import load_config
 from sead_dist.config.registered import ADDED
 from sead_dist.data.examples import build_examples
 from sead_dist.data.kinds import KINDS, Classification, register_task_kind
 from sead_dist.data.tasks import TASKS, compute_metrics, constant_score, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.sequence_classifier import align_classes
-from sead_dist.objectives.losses import HARD_LOSSES, hard_loss
+from sead_dist.objectives.losses import (
+    HARD_LOSSES,
+    cross_entropy,
+    hard_loss,
+    register_hard_loss,
+)
+from sead_dist.runs.distillation import distill
 
 GRADES = 'name: mine\nkind: graded\ntext_a: "{text}"\nlabels: [bad, fair, good]\n'
 
@@ -35,6 +45,35 @@ def graded():
     register_task_kind(Graded())
     yield
     del KINDS["graded"], ADDED.owners["kind of task"]["graded"]
+
+
+@pytest.fixture
+def doubled(tmp_path):
+    """A run without teachers, of a kind of task with a hard loss of its own: twice the usual one.
+    Yields the kind, and a function that runs and returns what is logged of its steps."""
+
+    class Doubled(Classification):
+        name = "doubled"
+        hard_loss = "twice"
+
+    kind = Doubled()
+    register_task_kind(kind)
+    register_hard_loss(
+        "twice", lambda student_BC, labels_B: 2 * cross_entropy(student_BC, labels_B)
+    )
+    data = write_task(tmp_path / "data")
+    fields = yaml.safe_load((data / "task.yaml").read_text())
+
+    def train_line(name: str, kind: str) -> dict[str, float]:
+        (data / f"{name}.yaml").write_text(yaml.safe_dump({**fields, "kind": kind}))
+        keys = {"task": data / f"{name}.yaml", "method": "finetune"}
+        config = load_config(words(data, [], tmp_path / name, **keys))
+        distill(config, ALONE, show_table=False)
+        return json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[1])
+
+    yield kind, train_line
+    del KINDS["doubled"], ADDED.owners["kind of task"]["doubled"]
+    del HARD_LOSSES["twice"], ADDED.owners["hard loss"]["twice"]
 
 
 def write(folder: Path, text: str) -> Path:
@@ -66,6 +105,32 @@ def test_a_kind_that_is_not_registered_is_refused_with_those_that_are(tmp_path):
 def test_a_name_that_is_taken_is_refused(graded):
     with pytest.raises(UserError, match="'graded' exists already"):
         register_task_kind(Graded())
+
+
+def test_a_kind_of_task_has_a_hard_loss_of_its_own(doubled):
+    _, train_line = doubled
+    own, usual = train_line("own", "doubled"), train_line("usual", "classification")
+    # steps of AdamW do not depend on the scale of the loss
+    assert own["loss"] == pytest.approx(2 * usual["loss"], rel=1e-3)
+
+
+def test_a_hard_loss_that_is_not_registered_ends_before_the_run(doubled, tmp_path):
+    kind, train_line = doubled
+    kind.hard_loss = "thrice"
+    says = (
+        "^hard_loss of the kind of task doubled names 'thrice'; expected one of cross_entropy, "
+        "squared_error, twice; correct its plugin, or register the loss there$"
+    )
+    with pytest.raises(UserError, match=says):
+        train_line("own", "doubled")
+    assert not (tmp_path / "own").exists()
+
+
+def test_a_hard_loss_of_another_shape_is_not_broadcast(doubled, monkeypatch):
+    _, train_line = doubled
+    monkeypatch.setitem(HARD_LOSSES, "twice", lambda student_BC, labels_B: student_BC[:, :1])
+    with pytest.raises(UserError, match=r"^hard_loss=twice gave the shape \(\d+, 1\) for \d+ rows"):
+        train_line("own", "doubled")
 
 
 @pytest.mark.parametrize("name", KINDS)
