@@ -117,15 +117,15 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
         stack.enter_context(stop.listening())
         stack.enter_context(RunLog(folder, is_main=True, console=True))
         (folder / "run_summary.json").unlink(missing_ok=True)
-        hand = open_worker(student, number, workers, world, stop, stack)
+        pool_worker = open_worker(student, number, workers, world, stop, stack)
         try:
-            whole = fill_all(hand, student)
+            whole = fill_all(pool_worker, student)
         except StopRequestedError:
             tell("stopped; what was computed is kept, and other workers take over the rest")
             return folder
         why = "all predictions are in the store" if whole else f"{student.run} is finished"
-        tell(f"done, {why}; this worker has computed {hand.rows} rows")
-        write_json(folder / "run_summary.json", {"finished": True, "rows": hand.rows})
+        tell(f"done, {why}; this worker has computed {pool_worker.rows} rows")
+        write_json(folder / "run_summary.json", {"finished": True, "rows": pool_worker.rows})
     return folder
 
 
@@ -174,14 +174,14 @@ def open_worker(
     return Worker(source, leases, number, workers, check)
 
 
-def fill_all(hand: Worker, student: StudentRun) -> bool:
+def fill_all(pool_worker: Worker, student: StudentRun) -> bool:
     """Compute all work items in their order.
 
     Returns True when all are in the store, and False when the student's run is finished before.
     Raises UserError for a teacher that fails its validation.
     """
     config, splits, teachers = student.config, student.splits, student.teachers
-    source, rows, count = hand.source, config.pool.item_rows, len(teachers)
+    source, rows, count = pool_worker.source, config.pool.item_rows, len(teachers)
     # Some ensembles need the selection split to decide which teacher predicts a row. The worker
     # decides this as the student does, so it needs the predictions of teachers outside the pool
     # too. In other ensembles the student validates those teachers.
@@ -194,7 +194,7 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
     validations: list[Validation] = []
     logits_NBC: np.ndarray | None = None
     if needs_validation(config, splits.selection.examples):
-        if not hand.fill(validating):
+        if not pool_worker.fill(validating):
             return False
         if everyone or all(student.pooled_N):
             overlap = student.examples.dev_in_training
@@ -216,7 +216,7 @@ def fill_all(hand: Worker, student: StudentRun) -> bool:
         items += validating
     for split in splits.official.values():
         items += items_of_split(split, count, rows)
-    return hand.fill([item for item in items if student.pooled_N[item.teacher]])
+    return pool_worker.fill([item for item in items if student.pooled_N[item.teacher]])
 
 
 def reject_other_starts(config: RunConfig, world: World) -> None:
