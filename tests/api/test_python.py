@@ -88,8 +88,9 @@ def run(grammar, frames, keys, own, tmp_path_factory):
     """A distillation of data frames, and what the process was like before and after it."""
     random.seed(1)
     drawn = random.getstate()
-    distill = sd.distill  # libraries set variables of the environment when they are imported
-    assert random.getstate() == drawn
+    names = dict(os.environ)
+    distill = sd.distill
+    assert (random.getstate(), dict(os.environ)) == (drawn, names)
     torch.manual_seed(2)
     transformers_logging.set_verbosity_info()
     transformers_logging.enable_progress_bar()
