@@ -197,7 +197,9 @@ def predict(args: argparse.Namespace) -> None:
 
     output = None if args.output is None else Path(args.output)
     more = (args.kind, args.batch_size, args.skip_malformed)
-    predict_file(args.model, Path(args.file), args.task, output, args.labels, *more)
+    text = predict_file(args.model, Path(args.file), args.task, output, args.labels, *more)
+    if text is not None:
+        print(text, end="")
 
 
 def export(args: argparse.Namespace) -> None:
