@@ -78,6 +78,9 @@ def surroundings():
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
         "accelerate": accelerate_state(),
         "loggers": [(x.level, list(x.handlers), list(x.filters), x.disabled) for x in loggers],
     }
@@ -97,11 +100,17 @@ def run(grammar, frames, keys, own, tmp_path_factory):
     torch.use_deterministic_algorithms(True, warn_only=True)
     # as a notebook that has trained with Transformers' Trainer in other numbers than the run
     caller = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=4)
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
     before = surroundings()
     output = tmp_path_factory.mktemp("python") / "run"
     made = distill(own, data=frames, output_dir=output, **keys)
     after = surroundings()
     assert (caller.mixed_precision, caller.gradient_accumulation_steps) == ("bf16", 4)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
     caller.prepare(torch.nn.Linear(2, 2))
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
