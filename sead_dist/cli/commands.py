@@ -92,7 +92,7 @@ def finetune(args: argparse.Namespace) -> None:
 def print_config(words: Sequence[str]) -> None:
     """Print the resolved configuration as YAML, then the lines of `resolve_all` as comments."""
     from sead_dist.config.load import load_config
-    from sead_dist.config.schema import dump_config
+    from sead_dist.config.yaml_text import dump_config
     from sead_dist.runtime.redact import without_secrets
 
     config = load_config(words)

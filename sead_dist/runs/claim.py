@@ -23,8 +23,8 @@ from sead_dist.config.automatic import final_checkpoint
 from sead_dist.config.mistakes import as_yaml
 from sead_dist.config.names import renamed
 from sead_dist.config.registered import LANGUAGE_MODEL, MODEL, PLUGINS, kept_paths, sources
-from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
-from sead_dist.config.yaml_text import read_run_config
+from sead_dist.config.schema import RunConfig, TeacherConfig
+from sead_dist.config.yaml_text import dump_config, read_run_config
 from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError, rejection
