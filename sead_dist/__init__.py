@@ -3,6 +3,7 @@
 From Python: `import sead_dist as sd` (docs/python.md). Each name is imported at its first use.
 """
 
+import os
 import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -65,11 +66,14 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    drawn = random.getstate()
+    drawn, there = random.getstate(), set(os.environ)
     try:
         return getattr(import_module(_ELSEWHERE.get(name, "sead_dist.api")), name)
     finally:
-        random.setstate(drawn)  # a library draws numbers when it is imported
+        # libraries draw numbers and set variables when they are imported
+        random.setstate(drawn)
+        for variable in set(os.environ) - there:
+            del os.environ[variable]
 
 
 def __dir__() -> list[str]:

@@ -59,6 +59,7 @@ from sead_dist.runtime.distributed import (
 )
 from sead_dist.runtime.run_log import is_finished, read_json
 from sead_dist.runtime.surroundings import as_before, quiet_libraries
+from sead_dist.training.engine import own_accelerate
 
 
 @dataclass(frozen=True, init=False)
@@ -364,7 +365,7 @@ def call() -> Iterator[World]:
 
     Ranks that have met stay together until the process ends: they cannot meet a second time.
     """
-    with as_before():
+    with as_before(), own_accelerate():
         ours = not dist.is_initialized()
         world = join_world()
         if ours and world.size > 1:
@@ -377,8 +378,7 @@ def call() -> Iterator[World]:
         except Exception as error:
             if isinstance(error, RuntimeError):
                 explain(world, error)
-            line = run_error(error)
-            if line is None:
+            if (line := run_error(error)) is None:
                 raise
             raise line from error
         finally:

@@ -92,7 +92,7 @@ def finetune(args: argparse.Namespace) -> None:
 def print_config(words: Sequence[str]) -> None:
     """Print the resolved configuration as YAML, then the lines of `resolve_all` as comments."""
     from sead_dist.config.load import load_config
-    from sead_dist.config.schema import dump_config
+    from sead_dist.config.yaml_text import dump_config
     from sead_dist.runtime.redact import without_secrets
 
     config = load_config(words)
@@ -197,7 +197,9 @@ def predict(args: argparse.Namespace) -> None:
 
     output = None if args.output is None else Path(args.output)
     more = (args.kind, args.batch_size, args.skip_malformed)
-    predict_file(args.model, Path(args.file), args.task, output, args.labels, *more)
+    text = predict_file(args.model, Path(args.file), args.task, output, args.labels, *more)
+    if text is not None:
+        print(text, end="")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -8,12 +8,10 @@ import shutil
 import statistics
 from pathlib import Path
 
-import yaml
-
 from sead_dist.cli.grammar import write_grammar_task
 from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
-from sead_dist.config.yaml_text import read_yaml
+from sead_dist.config.yaml_text import read_yaml, to_yaml
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runtime.console import print_table
@@ -65,7 +63,7 @@ def write_shape(path: Path, shape: tuple[int, int, int, int], dropout: float) ->
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
     }
-    path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    path.write_text(to_yaml(fields), encoding="utf-8")
 
 
 def write_inputs(output: Path, seed: int) -> None:

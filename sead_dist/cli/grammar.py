@@ -25,8 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from transformers import BertTokenizer
+
+from sead_dist.config.yaml_text import to_yaml
 
 LABELS = ("negative", "positive")
 ADJECTIVES = {
@@ -110,7 +111,7 @@ def write_grammar_task(
         "metrics": ["accuracy"],
         "splits": {"train": ["train"], "validation": ["validation"]},
     }
-    (folder / "task.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+    (folder / "task.yaml").write_text(to_yaml(task), encoding="utf-8")
     grammar_tokenizer().save_pretrained(folder / "tokenizer")
 
 

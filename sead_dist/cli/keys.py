@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from itertools import groupby
 
-import yaml
 from pydantic import TypeAdapter
 
 from sead_dist.config.keys import Key, all_keys, as_line, commented_keys, find_keys
 from sead_dist.config.load import config_folder, shipped_files
+from sead_dist.config.yaml_text import to_yaml
 from sead_dist.data.tasks import TaskSpec
 
 TASK = "in the YAML file of a task of your own"
@@ -41,6 +41,6 @@ def task_keys() -> Iterator[Key]:
         factory = field.default_factory
         value = field.default if factory is MISSING else factory()
         plain = None if value is MISSING else json.loads(json.dumps(value))
-        default = yaml.safe_dump([plain], default_flow_style=True, width=1000).strip()[1:-1]
+        default = to_yaml([plain], default_flow_style=True, width=1000).strip()[1:-1]
         meaning = " ".join(properties[field.name]["description"].split())
         yield Key(field.name, default, meaning, TASK)

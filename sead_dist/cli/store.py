@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from sead_dist.errors import RunError
-from sead_dist.runtime.console import AGE_S, parse_age, parse_size, print_table
+from sead_dist.runtime.console import AGE_S, counted, parse_age, parse_size, print_table
 from sead_dist.store.compaction import compact
 from sead_dist.store.layout import store_folder
 from sead_dist.store.maintenance import Bad, Carried, Row, carry, list_store, verify
@@ -44,7 +44,7 @@ def age(seconds: float) -> str:
 
 
 def count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    return counted(number, what, form=",")
 
 
 def print_rows(title: str, rows: Iterable[Row]) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from sead_dist.config.names import did_you_mean, new_name
 from sead_dist.config.schema import Operational, RunConfig, Section
+from sead_dist.config.yaml_text import to_yaml
 from sead_dist.errors import UserError
 
 HEAD = """\
@@ -49,7 +49,7 @@ def key_of(name: str, field: FieldInfo) -> Key:
     if section_of(field) is not None:
         return Key(name, None, text)
     # inside a list, as YAML ends a value that stands alone with a line of dots
-    default = yaml.safe_dump([_default(field)], default_flow_style=True, width=1000)
+    default = to_yaml([_default(field)], default_flow_style=True, width=1000)
     return Key(name, default.strip()[1:-1], text)
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import ValidationError
 
 from sead_dist.config.names import RENAMED, nearest, new_name
+from sead_dist.config.yaml_text import to_yaml
 from sead_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def as_list(value: object) -> str:
     given = list(value) if isinstance(value, Mapping) else [value]
     if isinstance(value, str) and "," in value:  # a,b,c is meant as three
         given = [part.strip() for part in value.split(",")]
-    listed = yaml.safe_dump(given, default_flow_style=True, allow_unicode=True, width=10000)
+    listed = to_yaml(given, default_flow_style=True, allow_unicode=True, width=10000)
     return f"; give {listed.strip()}"
 
 

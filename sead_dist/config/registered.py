@@ -197,14 +197,9 @@ def kept_paths(paths: Sequence[str], run: Path) -> list[str]:
     return [str(run / PLUGINS / Path(path).name) for path in paths]
 
 
-def keep_plugins(paths: Sequence[str], run: Path) -> None:
-    """Keep what was run of these plugins in the run directory."""
-    for path, kept in zip(paths, kept_paths(paths, run), strict=True):
-        Path(kept).parent.mkdir(exist_ok=True)
-        source = LOADED[str(Path(path).absolute())].source
-        if not Path(kept).is_file() or Path(kept).read_bytes() != source:
-            Path(kept).unlink(missing_ok=True)  # what a link leads to is not ours
-            Path(kept).write_bytes(source)
+def sources(paths: Sequence[str]) -> list[bytes]:
+    """What was run of each plugin."""
+    return [LOADED[str(Path(path).absolute())].source for path in paths]
 
 
 def kept_plugins(run: Path) -> list[str]:

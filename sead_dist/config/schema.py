@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, field_validator
 
 from sead_dist.config.registered import NO_ENSEMBLE, ROUTED, hashes
@@ -47,7 +46,6 @@ __all__ = [
     "StudentConfig",
     "SweepConfig",
     "TeacherConfig",
-    "dump_config",
     "teacher_names",
     "writable",
 ]
@@ -376,8 +374,3 @@ def _identity(section: Section, prefix: str) -> dict[str, Any]:
             plain = section.model_dump(mode="json")[name]
             keys[prefix + name] = plain
     return keys
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML."""
-    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

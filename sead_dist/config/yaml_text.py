@@ -111,11 +111,30 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")
 )
-_Loader.add_implicit_resolver(
+_FLOAT = (
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf)$"),
     list("-+.0123456789"),
 )
+_Loader.add_implicit_resolver(*_FLOAT)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts stand in quotation marks where `_Loader` or a reader of YAML 1.1 would read them as
+    something else."""
+
+
+_Dumper.add_implicit_resolver(*_FLOAT)
+
+
+def to_yaml(value: Any, **style: Any) -> str:
+    """A value as YAML that `parse_yaml` reads back. style: as for `yaml.dump`."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **style))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def read_yaml(path: Path, name: str | None = None) -> Any:

@@ -52,6 +52,11 @@ def units_of(inputs: MetricInputs) -> NDArray[np.int64]:
     return np.unique(inputs.groups_B, return_inverse=True)[1].astype(np.int64)
 
 
+def sampling_deviation(share: float, rows: int) -> float:
+    """One standard deviation of a share of so many independent rows."""
+    return math.sqrt(share * (1 - share) / rows)
+
+
 def draw_units(units: int, seed: int) -> Iterator[Floats]:
     """RESAMPLES draws of as many units as there are, as times_RU, in tables of bounded size."""
     random = np.random.default_rng(seed)

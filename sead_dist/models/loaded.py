@@ -6,13 +6,14 @@ tensor must belong to a head that is to be new. Else the checkpoint is rejected,
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from sead_dist.errors import UserError
+from sead_dist.errors import RunError, UserError
 from sead_dist.models.hidden_states import body_of, layer_stack
 
 # what wrappers put before the names of a model's tensors: DataParallel, torch.compile, sentence
@@ -175,4 +176,19 @@ def reject_leftovers(who: str, model: PreTrainedModel, unused: Iterable[str]) ->
             f"{who}: its files hold {len(left)} tensors that a {model.config.model_type} of its "
             f"config.json has no place for: {some(left)}; give the config.json that belongs to "
             "these weights, or save the model again with adapters merged and without copies"
+        )
+
+
+def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
+    """Raises RunError with its name for a tensor that a checkpoint lacks or has too many. A shared
+    tensor is in it under one name only."""
+    state = model.state_dict(keep_vars=True)
+    held = {tensor.data_ptr() or id(tensor) for name, tensor in state.items() if name in names}
+    lost = [n for n, tensor in state.items() if (tensor.data_ptr() or id(tensor)) not in held]
+    strange = [name for name in names if name not in state]
+    if lost or strange:
+        which = f"lacks the tensor {lost[0]}" if lost else f"holds the unknown tensor {strange[0]}"
+        raise RunError(
+            f"{folder / 'student.safetensors'} {which}, so it is not a checkpoint of this student; "
+            f"remove {folder} to continue from an earlier one, or give another output_dir"
         )

@@ -11,9 +11,8 @@ from importlib import resources
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from sead_dist.config.load import DEFAULT_METHOD
+from sead_dist.config.yaml_text import to_yaml
 from sead_dist.data.metrics import Confusion
 from sead_dist.errors import UserError
 from sead_dist.reporting.run_files import RunFiles, onnx_rows
@@ -313,12 +312,16 @@ def _cost(summary: Mapping[str, Any]) -> str:
 
 
 def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
+    from sead_dist.data.significance import sampling_deviation  # SciPy takes long
+
     yield f"It was trained and scored on {_task(files)} only. Other texts were not tried."
     yield "The scores are those of one run with one seed."
     rows = files.eval_results.get("eval_samples")
     accuracy = files.eval_results.get("eval_accuracy")
-    if rows and accuracy is not None and 0 < accuracy < 1:
-        points = 100 * math.sqrt(accuracy * (1 - accuracy) / rows)
+    # the examples of one row of MultiRC or ReCoRD are right or wrong together
+    independent = spec is None or spec.reader not in ("multirc", "record")
+    if rows and accuracy is not None and 0 < accuracy < 1 and independent:
+        points = 100 * sampling_deviation(accuracy, rows)
         yield f"On {rows} rows, one standard deviation of sampling is {points:.1f} points."
     if spec is not None and spec.task_kind.limit is not None:
         yield spec.task_kind.limit
@@ -385,7 +388,7 @@ def _learnable(files: RunFiles) -> str:
 def _hyperparameters(files: RunFiles) -> str:
     """The configuration, with what the run took for keys that were left to it."""
     keys = {**files.config, **files.run_summary.get("chosen", {})}
-    return yaml.safe_dump(redact(keys), sort_keys=False).strip()
+    return to_yaml(redact(keys)).strip()
 
 
 def _versions(environment: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

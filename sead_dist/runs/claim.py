@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 from sead_dist.config.automatic import final_checkpoint
 from sead_dist.config.mistakes import as_yaml
 from sead_dist.config.names import renamed
-from sead_dist.config.registered import LANGUAGE_MODEL, MODEL, PLUGINS, keep_plugins, kept_paths
-from sead_dist.config.schema import RunConfig, TeacherConfig, dump_config
-from sead_dist.config.yaml_text import read_run_config
+from sead_dist.config.registered import LANGUAGE_MODEL, MODEL, PLUGINS, kept_paths, sources
+from sead_dist.config.schema import RunConfig, TeacherConfig
+from sead_dist.config.yaml_text import dump_config, read_run_config
 from sead_dist.data.splits import RunExamples, load_examples
 from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError, rejection
@@ -266,6 +266,15 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     with written_aside(run / "config.yaml") as aside:
         aside.write_text(without_secrets(dump_config(kept)), encoding="utf-8")
     write_json(run / "environment.json", environment())
+
+
+def keep_plugins(paths: Sequence[str], run: Path) -> None:
+    """Keep what was run of these plugins in the run directory."""
+    for kept, source in zip(map(Path, kept_paths(paths, run)), sources(paths), strict=True):
+        if kept.is_symlink() or not kept.is_file() or kept.read_bytes() != source:
+            kept.parent.mkdir(exist_ok=True)
+            with written_aside(kept) as aside:
+                aside.write_bytes(source)
 
 
 def reject_busy_baseline(run: Path) -> None:

@@ -14,12 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from pydantic import BaseModel, TypeAdapter
 
 from sead_dist.config.load import merge, read_layers, resolve
 from sead_dist.config.schema import RunConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import parse_yaml, to_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import Rows, read_rows, text_rows, to_rows, to_table
 from sead_dist.data.splits import is_one_file
@@ -361,4 +360,4 @@ def holds(path: Path, table: pa.Table) -> bool:
 def as_yaml(task: TaskSpec) -> str:
     """The text of a task's YAML file. Keys with their default value are left out."""
     keys = TypeAdapter(TaskSpec).dump_python(task, mode="json", exclude_defaults=True)
-    return str(yaml.safe_dump(keys, sort_keys=False, allow_unicode=True))
+    return to_yaml(keys, allow_unicode=True)

@@ -96,8 +96,9 @@ def predict_file(
     kind: str | None = None,
     batch_rows: int = ROWS_PER_BATCH,
     skip_malformed: bool = False,
-) -> None:
-    """Write the rows of `file`, in their order, with the model's prediction of each.
+) -> str | None:
+    """Write the rows of `file`, in their order, with the model's prediction of each. For standard
+    output, return them on rank 0 as a text that the caller prints; else return None.
 
     Columns added: `predicted_label` and `probability_LABEL` for every label; for regression
     `predicted_score`. A row of the file may hold several examples (official MultiRC, ReCoRD). Then
@@ -130,7 +131,11 @@ def predict_file(
         if written == ".tsv":
             check_no_tabs(columns, output)
         columns |= answer_examples(name, task, examples, settings, world)
-        from_main(world, lambda: write_table(columns, output, written))
+        if output != STANDARD:
+            from_main(world, lambda: write_table(columns, output, written))
+        elif world.is_main:
+            return as_lines(rows_of_columns(columns), list(columns), written)
+    return None
 
 
 def answer_examples(
@@ -276,9 +281,6 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
     Raises UserError for values that Parquet cannot hold, RunError where the file cannot be written.
     """
     rows = rows_of_columns(columns)
-    if output == STANDARD:
-        sys.stdout.write(as_lines(rows, list(columns), kind))
-        return
     try:
         with written_for_person(output) as aside:
             if kind == ".parquet":

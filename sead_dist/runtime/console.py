@@ -100,9 +100,9 @@ def clock(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} h"
 
 
-def counted(number: int, what: str) -> str:
-    """A number with its noun: 1 row, 2 rows."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def counted(number: int, what: str, form: str = "") -> str:
+    """A number with its noun: 1 row, 2 rows. form: of the number, as in an f-string (2,000)."""
+    return f"{number:{form}} {what}" if number == 1 else f"{number:{form}} {what}s"
 
 
 def counted_rows(number: int, what: str) -> str:

@@ -230,7 +230,7 @@ def sweep_leftovers(run: Path) -> None:
     """Remove what a killed process of this run left half written, and put back the folders that it
     was about to replace. The caller holds the run's lock."""
     checkpoints = run / "checkpoints"
-    inside = ("plots", "predictions", "model", "model/plots")
+    inside = ("plots", "plugins", "predictions", "model", "model/plots")
     for folder in (run, checkpoints, *(run / name for name in inside)):
         for older in [*folder.glob(f".*{OLDER}")]:
             put_back(folder / _name_of(older))

@@ -19,10 +19,12 @@ from sead_dist.runtime.distributed import World
 @contextmanager
 def as_before() -> Iterator[None]:
     """Restore all of this state after the block, even where the block raises. (Signal handlers are
-    not a part of it: `StopFlag.listening` restores them.)"""
+    not a part of it: `StopFlag.listening` restores them.) Within the block tensors are made as in a
+    fresh process."""
     with ExitStack() as stack:
         for part in (_environment, _random_state, _torch_switches, _transformers_output, _loggers):
             stack.enter_context(part())
+        stack.enter_context(_fresh_torch())
         stack.enter_context(warnings.catch_warnings())
         yield
 
@@ -68,6 +70,22 @@ def _torch_switches() -> Iterator[None]:
         if torch.get_float32_matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)
         cudnn.deterministic, cudnn.benchmark = flags
+
+
+@contextmanager
+def _fresh_torch() -> Iterator[None]:
+    """Gradients are on, and new tensors are fp32 and on the CPU, whatever the caller has set."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        try:
+            torch.set_default_dtype(torch.float32)
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 @contextmanager

@@ -42,12 +42,14 @@ from sead_dist.sweep.rounds import (
     undo_others,
 )
 from sead_dist.teachers.teacher import device_model
+from sead_dist.training.engine import own_accelerate
 
 POLL_S = 2.0
 # the program of a process that the key `jobs` starts; it calls `run_worker`
 WORKER = "sead_dist.cli.sweep_worker"
 
 
+@own_accelerate()
 @as_before()
 def run_sweep(words: Sequence[str], world: World) -> None:
     """Do the unfinished runs of the sweep that these words describe, and write its report.

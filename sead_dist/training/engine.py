@@ -9,14 +9,14 @@ Shapes: B rows, C classes, K text rows per example, L tokens.
 import importlib.util
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, get_scheduler
 from sead_dist.config.automatic import averaged_steps, learning_rate
 from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import micro_batch_seed
-from sead_dist.errors import RunError, UserError, reading
+from sead_dist.errors import UserError, reading
+from sead_dist.models.loaded import check_whole
 from sead_dist.models.sequence_classifier import by_example, unshared
 from sead_dist.objectives.feature_losses import Rest
 from sead_dist.runtime.distributed import World
@@ -269,8 +270,7 @@ class Engine:
             save_file(tensors, folder / "student.safetensors")
 
     def load_weights(self, folder: Path) -> None:
-        """Load what `save_weights` wrote, on every rank. Raises RunError for missing or extra
-        tensors."""
+        """Load what `save_weights` wrote, on every rank. Raises RunError for other tensors."""
         weights = load_file(folder / "student.safetensors")
         check_whole(self.module, weights.keys(), folder)
         if self.zero is not None:
@@ -318,30 +318,14 @@ class Engine:
         self.accelerator.log(values, step=step)
 
     def close(self) -> None:
-        """Finish the trackers and reset Accelerate's process-wide state, since the next run of this
-        process may have another precision. (Accelerate's end_training would end the process
-        group.)"""
+        """Finish the trackers and reset Accelerate's process-wide state: the process's next run may
+        have another precision. (Accelerate's end_training would end the process group.)"""
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if self.zero is not None:
             self.zero.close()
         self.accelerator.free_memory()
         AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def check_whole(model: nn.Module, names: Collection[str], folder: Path) -> None:
-    """Raises RunError with its name for a tensor that a checkpoint lacks or has too many. A shared
-    tensor is in it under one name only."""
-    state = model.state_dict(keep_vars=True)
-    held = {tensor.data_ptr() or id(tensor) for name, tensor in state.items() if name in names}
-    lost = [n for n, tensor in state.items() if (tensor.data_ptr() or id(tensor)) not in held]
-    strange = [name for name in names if name not in state]
-    if lost or strange:
-        which = f"lacks the tensor {lost[0]}" if lost else f"holds the unknown tensor {strange[0]}"
-        raise RunError(
-            f"{folder / 'student.safetensors'} {which}, so it is not a checkpoint of this student; "
-            f"remove {folder} to continue from an earlier one, or give another output_dir"
-        )
 
 
 def check_tracker(name: str | None) -> None:
@@ -397,3 +381,20 @@ def without_launcher_deepspeed() -> Iterator[None]:
     finally:
         if asked is not None:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
+
+
+@contextmanager
+def own_accelerate() -> Iterator[None]:
+    """Within the block, Accelerate has no process-wide state at first, whatever the caller's own
+    Accelerator or Trainer has set. Afterwards it has the caller's again."""
+    kinds = (AcceleratorState, PartialState, GradientState)
+    before = [dict(kind._shared_state) for kind in kinds]
+    try:
+        for kind in kinds:
+            kind._shared_state.clear()
+        yield
+    finally:
+        for kind, callers in zip(kinds, before, strict=True):
+            # cleared and filled, since each Accelerator holds this same mapping
+            kind._shared_state.clear()
+            kind._shared_state.update(callers)

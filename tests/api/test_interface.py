@@ -2,9 +2,13 @@
 
 import inspect
 import json
+import os
+import random
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +23,11 @@ from sead_dist.objectives.losses import SOFT_LOSSES, hard_loss, soft_loss
 from sead_dist.runs.given import given_run
 
 N, B, C = 3, 5, 4
+PACKAGE = Path(sd.__file__).parent
+MODULES = {
+    package: sorted(path.stem for path in (PACKAGE / package).glob("[!_]*.py"))
+    for package in ("config", "slurm")
+}
 HEAVY = {"numpy", "pandas", "pyarrow", "torch", "transformers"}
 
 
@@ -27,6 +36,28 @@ def test_import_loads_nothing_heavy(module):
     code = f"import json, sys, {module}; print(json.dumps(list(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert HEAVY & set(json.loads(done.stdout)) == set()
+
+
+def test_the_import_of_a_name_leaves_random_state_and_environment(monkeypatch):
+    def imported(module):
+        random.random()
+        os.environ["SET_BY_A_LIBRARY"] = module
+        return SimpleNamespace(distill=module)
+
+    monkeypatch.setattr(sd, "import_module", imported)
+    random.seed(1)
+    before = random.getstate(), dict(os.environ)
+    assert sd.distill == "sead_dist.api"
+    assert (random.getstate(), dict(os.environ)) == before
+
+
+@pytest.mark.parametrize("package", ["config", "slurm"])
+def test_no_module_of_a_light_package_loads_torch(package):
+    names = [f"sead_dist.{package}.{name}" for name in MODULES[package]]
+    assert len(names) > 2
+    code = f"import json, sys, {', '.join(names)}; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "transformers"} & set(json.loads(done.stdout)) == set()
 
 
 def test_every_name_of_the_interface_is_there():

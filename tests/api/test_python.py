@@ -16,6 +16,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers.utils import logging as transformers_logging
 
 import sead_dist as sd
@@ -56,6 +58,12 @@ def keys(grammar, teachers):
     }
 
 
+def accelerate_state():
+    """What the caller's Accelerator and its Trainer read at each call."""
+    states = (AcceleratorState, PartialState, GradientState)
+    return [dict(state._shared_state) for state in states]
+
+
 def surroundings():
     """What a caller has of its own."""
     loggers = [logging.root, *map(logging.getLogger, ("sead_dist", "transformers", "DeepSpeed"))]
@@ -70,6 +78,10 @@ def surroundings():
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "accelerate": accelerate_state(),
         "loggers": [(x.level, list(x.handlers), list(x.filters), x.disabled) for x in loggers],
     }
 
@@ -79,16 +91,29 @@ def run(grammar, frames, keys, own, tmp_path_factory):
     """A distillation of data frames, and what the process was like before and after it."""
     random.seed(1)
     drawn = random.getstate()
-    distill = sd.distill  # libraries set variables of the environment when they are imported
-    assert random.getstate() == drawn
+    names = dict(os.environ)
+    distill = sd.distill
+    assert (random.getstate(), dict(os.environ)) == (drawn, names)
     torch.manual_seed(2)
     transformers_logging.set_verbosity_info()
     transformers_logging.enable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # as a notebook that has trained with Transformers' Trainer in other numbers than the run
+    caller = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=4)
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
     before = surroundings()
     output = tmp_path_factory.mktemp("python") / "run"
     made = distill(own, data=frames, output_dir=output, **keys)
     after = surroundings()
+    assert (caller.mixed_precision, caller.gradient_accumulation_steps) == ("bf16", 4)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+    caller.prepare(torch.nn.Linear(2, 2))
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
     torch.use_deterministic_algorithms(False)
     transformers_logging.set_verbosity_warning()
     return made, before, after

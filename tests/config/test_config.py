@@ -4,7 +4,8 @@ import pytest
 from small import config
 
 from sead_dist.config.load import load_config, shipped_files
-from sead_dist.config.schema import METHOD_KEYS, dump_config
+from sead_dist.config.schema import METHOD_KEYS
+from sead_dist.config.yaml_text import dump_config
 from sead_dist.errors import UserError
 
 

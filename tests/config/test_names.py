@@ -4,7 +4,7 @@ import pytest
 
 from sead_dist.config.load import load_config
 from sead_dist.config.names import RENAMED, renamed, renamed_config, renamed_record, renamed_words
-from sead_dist.config.schema import dump_config
+from sead_dist.config.yaml_text import dump_config
 from sead_dist.errors import UserError
 
 

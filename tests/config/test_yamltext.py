@@ -1,11 +1,12 @@
 """YAML files: each key once."""
 
 import pytest
+import yaml
 
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.load import load_config, read_method
 from sead_dist.config.schema import StudentConfig
-from sead_dist.config.yaml_text import parse_yaml
+from sead_dist.config.yaml_text import parse_yaml, to_yaml
 from sead_dist.data.tasks import load_task
 from sead_dist.errors import UserError
 from sead_dist.models.student import check_start
@@ -67,3 +68,16 @@ def test_true_is_no_number(word):
         UserError, match=r"=(true|\[1, true\]): input should be a number, not true or false"
     ):
         load_config(["sst2", "student=s", "output_dir=o", word])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1e5", "1E-5", ".5e1", "1.", "007", "1_0", "1:30"),
+        *("no", "On", "~", ".inf", "a: b", "", " a"),
+    ],
+)
+def test_a_text_that_is_written_is_read_back_as_this_text(text):
+    assert parse_yaml(to_yaml({text: [text]}), "x") == {text: [text]}
+    # other readers have YAML 1.1
+    assert yaml.safe_load(to_yaml([text])) == [text]

@@ -34,13 +34,12 @@ from sead_dist.models import resaved
 from sead_dist.models import sequence_classifier as models
 from sead_dist.models.hidden_states import WantedLayers as Read
 from sead_dist.models.hidden_states import body_of, find_layer_parts, reading
-from sead_dist.models.loaded import head_names, pooler_names
+from sead_dist.models.loaded import check_whole, head_names, pooler_names
 from sead_dist.models.sequence_classifier import build_teacher, unshared
 from sead_dist.models.student import build_student, check_start, start_as_feature_teacher
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.prediction import load_answerer
 from sead_dist.runtime.run_log import noted
-from sead_dist.training.engine import check_whole
 
 TEXTS = sentences(5)
 PREFIXES = [

@@ -58,6 +58,16 @@ def test_the_tables_hold_the_numbers_of_the_files(tmp_path):
     assert "selected on dev" not in card
 
 
+@pytest.mark.parametrize("task", ["sst2", "multirc"])
+def test_the_deviation_of_sampling_is_given_where_rows_are_independent(tmp_path, task):
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "task": task}))
+    write_report(run)
+    card = (run / "README.md").read_text()
+    said = "On 872 rows, one standard deviation of sampling is 0.9 points." in card
+    assert said == (task == "sst2")
+
+
 def test_neither_secrets_nor_local_paths_reach_the_card(tmp_path):
     run = make_run(tmp_path / "run")
     write_report(run)

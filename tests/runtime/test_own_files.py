@@ -1,5 +1,6 @@
 """A run writes its own files only; a person's files, links, devices and pipes stay what they are."""
 
+import errno
 import json
 import os
 import threading
@@ -11,9 +12,9 @@ from small import words, write_task
 
 from sead_dist.cli.demo import write_inputs
 from sead_dist.config.load import load_config
-from sead_dist.config.registered import keep_plugins, kept_paths, load_plugins
+from sead_dist.config.registered import kept_paths, load_plugins
 from sead_dist.errors import UserError
-from sead_dist.runs.claim import holds_run, try_lock
+from sead_dist.runs.claim import holds_run, keep_plugins, try_lock
 from sead_dist.runtime.files import (
     check_writable,
     open_own,
@@ -65,6 +66,26 @@ def test_a_kept_plugin_is_never_written_through_a_link(tmp_path, foreign):
     keep_plugins([str(tmp_path / "mine.py")], tmp_path / "run")
     assert Path(kept).read_text() == "A = 1\n"
     assert foreign.read_text() == "somebody's"
+
+
+def test_a_kept_plugin_stays_whole_where_another_cannot_be_written(tmp_path, monkeypatch):
+    mine, run = tmp_path / "mine.py", tmp_path / "run"
+    mine.write_text("B = 1\n")
+    load_plugins([str(mine)])
+    (run / "plugins").mkdir(parents=True)
+    (run / "plugins" / "mine.py").write_text("B = 0\n")
+
+    def full(path, _bytes):
+        path.write_text("B")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space"):
+            keep_plugins([str(mine)], run)
+    assert [path.read_text() for path in (run / "plugins").iterdir()] == ["B = 0\n"]
+    keep_plugins([str(mine)], run)
+    assert [path.read_text() for path in (run / "plugins").iterdir()] == ["B = 1\n"]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.mkdir()])
