@@ -241,10 +241,10 @@ def predict(
     batch_size: rows of a forward. skip_malformed: a row that cannot be read (its text is None)
     has the result None and is logged (`sead_dist`). Without it such a row raises UserError.
 
-    texts_or_rows: a list of texts (of tuples of them where the task reads several columns), a list
-    of rows (mappings), a DataFrame, a Dataset or a file; labels are not needed. Nested rows
-    (official MultiRC, ReCoRD) have a result for each of their examples. Other arguments and
-    errors: as for `evaluate`.
+    texts_or_rows: a list or Series of texts (of tuples of them where the task reads several
+    columns), a list of rows (mappings), a DataFrame, a Dataset or a file; labels are not needed.
+    Nested rows (official MultiRC, ReCoRD) have a result for each of their examples. Other arguments
+    and errors: as for `evaluate`.
     """
     name = model_name(model)
     if isinstance(texts_or_rows, str):
@@ -257,7 +257,7 @@ def predict(
     with call() as world:
         spec = spec_of(name, task)
         rows = as_rows(spec, texts_or_rows, "texts_or_rows", skip_malformed)
-        examples = settings.examples(spec, rows, "given")
+        examples = settings.examples(spec, rows, "texts_or_rows")
         settings.tell_skipped(world)
         columns = predicted_rows.answer_examples(name, spec, examples, settings, world)
     return predicted_rows.answers_by_row(columns, len(rows), examples)

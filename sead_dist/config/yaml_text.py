@@ -165,7 +165,9 @@ def parse_yaml(text: str, where: str) -> Any:
             place = f"{where}, line {mark.line + 1}" if mark is not None else where
             said = getattr(error, "problem", None) or getattr(error, "reason", None)
             problem = said or "it cannot be read"
-            raise UserError(f"{place} is not valid YAML: {problem}") from error
+            below = mark is not None and mark.line > 0
+            fix = "correct this line or the one above it" if below else "correct it"
+            raise UserError(f"{place} is not valid YAML: {problem}; {fix}") from error
 
 
 def read_word(key: str, text: str) -> Any:

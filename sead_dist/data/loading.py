@@ -33,6 +33,12 @@ Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
 # files of a folder that `datasets.save_to_disk` wrote
 SAVED = ("state.json", "dataset_dict.json")
+# what a call from Python can be given as all data of a task, and as rows
+SPLITS_OR_ROWS = (
+    "a folder, a file, a pandas DataFrame, a datasets.Dataset, a list of rows, or a dict of splits "
+    "of these"
+)
+TEXTS_OR_ROWS = "a file, a pandas DataFrame, a datasets.Dataset, or a list of texts or rows"
 
 
 def split_chunks(
@@ -319,9 +325,9 @@ def names_decide(task: TaskSpec, names: Sequence[str]) -> bool:
     return task.task_kind.head_of_labels and any(number_name(name) is None for name in names)
 
 
-def to_table(data: Any, where: str) -> pa.Table:
+def to_table(data: Any, where: str, allowed: str = SPLITS_OR_ROWS) -> pa.Table:
     """A pandas DataFrame, a `datasets.Dataset`, an Arrow table or a list of rows (mappings) as an
-    Arrow table. Raises UserError, beginning with `where`, for anything else."""
+    Arrow table. Raises UserError for anything else: `where` is its start, `allowed` its end."""
     try:
         if isinstance(data, pa.Table):
             return data
@@ -339,15 +345,12 @@ def to_table(data: Any, where: str) -> pa.Table:
     except (pa.ArrowException, TypeError, ValueError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{where} cannot be a table: {line}; give columns of one type") from error
-    raise UserError(
-        f"{where} is of type {type_of(data)}; give a folder, a file, a pandas DataFrame, a "
-        "datasets.Dataset, or a dict of splits of these"
-    )
+    raise UserError(f"{where} is of type {type_of(data)}; give {allowed}")
 
 
-def to_rows(data: Any, task: TaskSpec, where: str) -> Rows:
+def to_rows(data: Any, task: TaskSpec, where: str, allowed: str = SPLITS_OR_ROWS) -> Rows:
     """The rows of data as `to_table` takes them. Class numbers of a data set become its names."""
-    return table_rows(to_table(data, where), task, where)
+    return table_rows(to_table(data, where, allowed), task, where)
 
 
 def text_rows(texts: Sequence[Any], task: TaskSpec) -> Rows:

@@ -19,7 +19,7 @@ from sead_dist.config.sections import one_of
 from sead_dist.config.yaml_text import read_yaml
 from sead_dist.data.kinds import KINDS, TaskKind
 from sead_dist.data.metrics import MetricInputs
-from sead_dist.errors import UserError
+from sead_dist.errors import UserError, expect
 
 _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 
@@ -27,6 +27,20 @@ _SPLITS = {"train": ("train",), "validation": ("validation", "dev", "val")}
 def columns_of(template: str) -> list[str]:
     """The columns that a template names in braces."""
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
+def _lone_brace(raw: dict[str, Any]) -> str | None:
+    """What is wrong with the braces of a template, as the end of an error message, or None."""
+    for key in ("text_a", "text_b", "choices"):
+        given = raw.get(key)
+        for text in given if isinstance(given, list | tuple) else [given]:
+            try:
+                list(string.Formatter().parse(text if isinstance(text, str) else ""))
+            except ValueError as error:
+                return (
+                    f"{key} has {text!r}, in which a brace stands alone ({error}); write {{COLUMN}}"
+                )
+    return None
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,12 @@ class TaskSpec:
     """true | false; true: a row with its two texts swapped has the same label"""
 
     def __post_init__(self) -> None:
+        for key, text in (("text_a", self.text_a), ("text_b", self.text_b or "")):
+            expect(key, text, str, 'a template that names columns in braces: "{sentence}"')
+        for text in self.choices:
+            expect("one of choices", text, str, 'a template that names columns in braces: "{one}"')
+        if problem := _lone_brace(vars(self)):
+            raise UserError(f"task {self.name!r}: {problem}")
         object.__setattr__(self, "fields", self.fields or self.templates)
         object.__setattr__(self, "sentences", self.sentences or self.fields)
 
@@ -235,20 +255,6 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
     if problem := find_problem(task):
         raise UserError(f"{where}: {problem}")
     return task
-
-
-def _lone_brace(raw: dict[str, Any]) -> str | None:
-    """What is wrong with the braces of a template, as the end of an error message, or None."""
-    for key in ("text_a", "text_b", "choices"):
-        given = raw.get(key)
-        for text in given if isinstance(given, list | tuple) else [given]:
-            try:
-                list(string.Formatter().parse(text if isinstance(text, str) else ""))
-            except ValueError as error:
-                return (
-                    f"{key} has {text!r}, in which a brace stands alone ({error}); write {{COLUMN}}"
-                )
-    return None
 
 
 def _defaults(raw: dict[str, Any]) -> dict[str, Any]:

@@ -390,8 +390,8 @@ def register_ensemble(
     flags = {"of_logits": of_logits, "needs_classes": needs_classes, "needs_labels": needs_labels}
     for flag, given in flags.items():
         expect(flag, given, bool, "True or False")
-    kinds = (Weighting, Callable)
-    take_name("ensemble", name, weighting, kinds, "a function, or a Weighting")
+    kinds = Weighting if isinstance(weighting, type) else (Weighting, Callable)
+    take_name("ensemble", name, weighting, kinds, "a function, or a Weighting (not its class)")
     if not isinstance(weighting, Weighting):
         weighting = ByRow(
             weighting, of_logits=of_logits, needs_classes=needs_classes, needs_labels=needs_labels

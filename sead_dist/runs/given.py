@@ -20,7 +20,15 @@ from sead_dist.config.load import merge, read_layers, resolve
 from sead_dist.config.schema import RunConfig
 from sead_dist.config.yaml_text import parse_yaml, to_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
-from sead_dist.data.loading import Rows, read_rows, text_rows, to_rows, to_table
+from sead_dist.data.loading import (
+    SPLITS_OR_ROWS,
+    TEXTS_OR_ROWS,
+    Rows,
+    read_rows,
+    text_rows,
+    to_rows,
+    to_table,
+)
 from sead_dist.data.splits import is_one_file
 from sead_dist.data.tasks import TaskSpec, load_task, task_from
 from sead_dist.errors import UserError, expect
@@ -67,7 +75,7 @@ def given_run(task: Task, data: Data, keys: Mapping[str, Any]) -> GivenRun:
     UserError for a task, data or keys that do not fit.
     """
     text = keys.get("unlabeled")
-    text = None if isinstance(text, Mapping) else text
+    text = None if isinstance(text, Mapping) else listed(text)
     layer = as_layer({k: v for k, v in keys.items() if k != "unlabeled" or text is None})
     own = checked_task(task) if isinstance(task, TaskSpec) else None
     layers: list[Mapping[str, Any]]
@@ -101,7 +109,7 @@ def with_text(
 
     def all_tables() -> Mapping[str, pa.Table]:
         given = text_rows(text, spec) if are_texts(text) else text
-        return {**others(), "unlabeled": to_table(given, "unlabeled")}
+        return {**others(), "unlabeled": to_table(given, "unlabeled", TEXTS_OR_ROWS)}
 
     kept_there = str(kept_file(Path(config.output_dir), "unlabeled"))
     return {**told, "unlabeled": {"path": kept_there}}, all_tables
@@ -173,6 +181,12 @@ def are_texts(given: Any) -> bool:
     return isinstance(given, list | tuple) and bool(given) and not isinstance(given[0], Mapping)
 
 
+def listed(given: Any) -> Any:
+    """The values of a pandas Series (one column of texts) as a list; all else as it is."""
+    is_series = hasattr(given, "iloc") and not hasattr(given, "columns")
+    return given.tolist() if is_series else given
+
+
 def is_folder(path: str) -> bool:
     """Whether the path is a folder of splits.
 
@@ -221,7 +235,7 @@ def data_layer(
     if missing := [split for split in spec.splits if split not in names]:
         raise UserError(
             f"data has no split {missing[0]!r}; it has {', '.join(map(str, data))}, and task "
-            f"{spec.name!r} needs {', '.join(spec.splits)}"
+            f"{spec.name!r} needs {', '.join(spec.splits)}; give each under its name"
         )
     parts = {split: data[name] for split, name in names.items()}
     if all(is_path(part) for part in parts.values()) and set(parts) == {"train", first}:
@@ -269,11 +283,12 @@ def as_rows(spec: TaskSpec, given: Any, name: str, skip_malformed: bool | None =
 
     name: the argument that gives them. skip_malformed: see `read_rows`.
     """
+    given = listed(given)
     if is_path(given):
         return read_rows(Path(os.fspath(given)), spec, skip_malformed)
     if are_texts(given):
         return text_rows(given, spec)
-    return to_rows(given, spec, name)
+    return to_rows(given, spec, name, SPLITS_OR_ROWS if name == "data" else TEXTS_OR_ROWS)
 
 
 def kept_file(run: Path, split: str) -> Path:

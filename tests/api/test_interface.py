@@ -20,6 +20,7 @@ from sead_dist.config.load import load_config
 from sead_dist.data.loading import read_rows, text_rows, to_rows
 from sead_dist.data.tasks import TASKS
 from sead_dist.objectives.losses import SOFT_LOSSES, hard_loss, soft_loss
+from sead_dist.objectives.weightings import Weighting
 from sead_dist.runs.given import given_run
 
 N, B, C = 3, 5, 4
@@ -172,7 +173,13 @@ def test_keys_of_a_call_are_those_of_the_command(tmp_path):
         ("sst2", None, {"epoch": 3}, "unknown key 'epoch'; did you mean 'num_train_epochs'?"),
         ("mrcp", None, {}, "did you mean 'mrpc'?"),
         ("sst2", None, {"num_train_epochs": "many"}, "num_train_epochs='many'"),
-        ("sst2", {"train": "a.tsv"}, {}, "data has no split 'validation'; it has train"),
+        (
+            "sst2",
+            {"train": "a.tsv"},
+            {},
+            "data has no split 'validation'; it has train, and task 'sst2' needs train, validation; "
+            "give each under its name",
+        ),
         (sd.TaskSpec("own", "classification", "{text}"), None, {}, "task 'own': labels is []"),
         (
             {"name": "own"},
@@ -200,6 +207,35 @@ def test_a_mistaken_call_is_refused_in_one_line(task, data, keys, says):
         given_run(task, data, {"output_dir": "unused", **keys})
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"text_a": ["a", "b"]}, "text_a is of type list (['a', 'b']); give a template that names"),
+        ({"text_a": "{text}", "text_b": 3}, "text_b is of type int (3); give a template that"),
+        (
+            {"text_a": "{text}", "choices": (1, 2)},
+            "one of choices is of type int (1); give a templ",
+        ),
+        ({"text_a": "{text"}, "task 'own': text_a has '{text', in which a brace stands alone"),
+    ],
+)
+def test_a_mistaken_template_is_refused_in_one_line(keys, says):
+    with pytest.raises(sd.UserError) as error:
+        sd.TaskSpec(name="own", kind="classification", labels=("a", "b"), **keys)
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
+
+
+def test_unlabelled_text_may_be_a_column(tmp_path):
+    texts = ["one text", "another"]
+    layers = [
+        given_run("sst2", tmp_path, {"output_dir": tmp_path / "run", "unlabeled": given})
+        for given in (texts, pd.Series(texts))
+    ]
+    lists, column = (asked.tables()["unlabeled"].to_pylist() for asked in layers)
+    assert column == lists == [{"sentence": text} for text in texts]
 
 
 def test_one_table_alone_needs_rows_to_evaluate_on_where_a_task_has_several_splits_of_them(
@@ -244,6 +280,10 @@ def test_one_table_alone_needs_rows_to_evaluate_on_where_a_task_has_several_spli
         (lambda x: sd.register_loss("mine", [x]), "the loss 'mine' is of type list"),
         (lambda x: sd.register_loss([x], len), "name is of type list"),
         (lambda x: sd.register_ensemble("mine", [x]), "the ensemble 'mine' is of type list"),
+        (
+            lambda x: sd.register_ensemble("mine", Weighting),
+            "); give a function, or a Weighting (not its class)",
+        ),
         (lambda x: sd.register_teacher("mine", [x]), "the kind of teacher 'mine' is of type list"),
         (lambda x: sd.register_task_kind(x), "kind is of type"),
     ],

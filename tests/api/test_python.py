@@ -237,11 +237,16 @@ def test_predict_answers_texts_and_rows(run, frames):
     dev = frames["validation"]
     said = sd.predict(made, list(dev.sentence))
     assert said == sd.predict(made, dev) == sd.predict(made, dev.to_dict("records"))
+    assert said == sd.predict(made, dev.sentence)
     right = np.mean([one["predicted_label"] for one in said] == dev.label)
     assert right == pytest.approx(made.scores["validation"]["student"]["accuracy"])
     assert sum(v for k, v in said[0].items() if k.startswith("probability_")) == pytest.approx(1)
     with pytest.raises(sd.UserError, match="is one text; give a list"):
         sd.predict(made, "a text")
+    with pytest.raises(
+        sd.UserError, match=r"give a file, a pandas .*, or a list of texts or rows$"
+    ):
+        sd.predict(made, 3)
 
 
 def test_a_mistake_is_an_exception_of_one_line(own, frames, keys, grammar, teachers, tmp_path, capfd, monkeypatch):  # fmt: skip

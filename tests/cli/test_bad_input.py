@@ -171,7 +171,7 @@ def test_a_text_without_a_token_is_refused_before_there_is_any_output(
         ("task=", r"task is not set; give task=VALUE"),
         ("task=sst3", r"unknown task 'sst3'; did you mean 'sst2'\?"),
         ("micro_batch_size=7", r"micro_batch_size=7 does not divide global_batch_size=32; .*micro_batch_size=4"),
-        ("select=[1, 2", r"the value of select.* is not valid YAML"),
+        ("select=[1, 2", r"the value of select.* is not valid YAML: .*; correct it"),
         ("student.shape=L6-H257", r"student.shape=L6-H257 is neither a shipped shape nor a YAML file; known: L12-H384-A12, L6"),
         ("student.shape=null", r"no student is set; give student=DIR"),
         ("teachers=/no/where/*", r"teachers=/no/where/\* matches no folder"),
@@ -184,7 +184,10 @@ def test_wrong_words(word, message, refused):
 def test_a_wrong_yaml_file(words, distil, refused, tmp_path):
     file = tmp_path / "mine.yaml"
     for text, message in (
-        ("epochs: 3\nalpha: [1, 2\nseed: 4\n", r"mine.yaml, line 3 is not valid YAML"),
+        (
+            "epochs: 3\nalpha: [1, 2\nseed: 4\n",
+            r"mine.yaml, line 3 is not valid YAML: .*; correct this line or the one above it$",
+        ),
         ("- epochs\n", r"mine.yaml' holds no keys; expected a YAML mapping"),
         ("epoch: 3\n", r"unknown key 'epoch'; did you mean 'num_train_epochs'"),
     ):

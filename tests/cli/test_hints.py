@@ -381,7 +381,14 @@ def test_the_model_of_a_run_is_told_with_its_run(tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("{}")
     model = tmp_path / "run" / "model"
-    with pytest.raises(UserError, match=rf"model is the model of a run; give .*: {model.parent}$"):
+    told = rf"model is the model of a run; give .*: {model.parent}$"
+    with pytest.raises(UserError, match=told):
+        task_of(str(model), None)
+    # an exported student has its ONNX files in a folder of their own
+    (model / "onnx").mkdir()
+    for folder in (model, model / "onnx"):
+        (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=told):
         task_of(str(model), None)
 
 

@@ -145,7 +145,7 @@ def test_standard_input_goes_to_standard_output_with_progress_beside_it(
 
 def test_a_call_from_python_answers_none_for_a_skipped_row(finished):
     rows = [{"sentence": "good"}, {"sentence": None}, {"sentence": "bad"}]
-    with pytest.raises(UserError, match="given row 2"):
+    with pytest.raises(UserError, match="texts_or_rows row 2"):
         sd.predict(finished, rows)
     found = sd.predict(finished, rows, skip_malformed=True, batch_size=1)
     assert [answer is None for answer in found] == [False, True, False]

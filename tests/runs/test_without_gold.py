@@ -76,6 +76,7 @@ def test_the_student_learns_from_the_teachers_alone_and_is_the_average(done):
     log, trained = log_of(done), records(done)
     assert "train 0 labelled + 54 unlabelled" in log
     assert log.count("no gold labels in train, selection, validation (column 'label'") == 1
+    assert "if another column holds the labels, rename it to 'label'" in log
     assert (
         log.count("the selection split has no gold labels: no teacher is validated or calibrated")
         == 1
