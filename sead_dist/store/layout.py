@@ -40,12 +40,12 @@ BLOCK_SUFFIX = ".safetensors"
 DEAD_WRITER_S = 3600.0
 
 REMEDIES = {
-    errno.ENOSPC: "free space there (sead-dist store rm, store compact) or name another store=DIR",
-    errno.EDQUOT: "free space within the quota there or name another store=DIR",
-    errno.EFBIG: "raise the limit on file size (ulimit -f) or name another store=DIR",
-    errno.EROFS: "mount it for writing or name another store=DIR",
-    errno.EACCES: "get permission to write there or name another store=DIR",
-    errno.EPERM: "get permission to write there or name another store=DIR",
+    errno.ENOSPC: "free space there (sead-dist store rm, store compact) or give another store=DIR",
+    errno.EDQUOT: "free space within the quota there or give another store=DIR",
+    errno.EFBIG: "raise the limit on file size (ulimit -f) or give another store=DIR",
+    errno.EROFS: "mount it for writing or give another store=DIR",
+    errno.EACCES: "get permission to write there or give another store=DIR",
+    errno.EPERM: "get permission to write there or give another store=DIR",
 }
 
 
@@ -85,7 +85,7 @@ class Layout:
             except OSError as error:
                 raise RunError(
                     f"the file system of the prediction store {self.root} has no file locks "
-                    f"({error.strerror}); give store=DIR on a file system that has them"
+                    f"({error.strerror}); give another store=DIR, on a file system that has them"
                 ) from error
             try:
                 yield
@@ -108,7 +108,7 @@ def reject_foreign(root: Path) -> None:
     try:
         found = set(os.listdir(root)) if root.is_dir() else set()
     except OSError as error:
-        raise RunError(f"store={root} cannot be read ({error}); give another folder") from error
+        raise RunError(f"store={root} cannot be read ({error}); give another store=DIR") from error
     # another run may check at this moment, with a hidden file, whether all its machines share the
     # folder
     foreign = sorted(name for name in found - OWN_NAMES if not name.startswith("."))
@@ -136,7 +136,7 @@ def create(root: Path) -> Layout:
         probe.write_text("writable")
         probe.unlink()
     except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0, "name another store=DIR")
+        remedy = REMEDIES.get(error.errno or 0, "give another store=DIR")
         raise rejection(
             f"store={root} is not writable ({error.strerror}); {remedy}", error
         ) from error
@@ -188,13 +188,13 @@ def _check_format(layout: Layout) -> int:
     except Exception as error:
         raise rejection(
             f"{path} cannot be read ({reason(error)}); it should hold "
-            f'{{"format": N}}: fix it or name another store=DIR',
+            f'{{"format": N}}: fix it or give another store=DIR',
             error,
         ) from error
     if found not in (OLDER_FORMAT, FORMAT):
         raise UserError(
             f"the prediction store {layout.root} has format {found}, this version reads formats "
-            f"{OLDER_FORMAT} and {FORMAT}; name another store=DIR, or use the version of sead_dist "
+            f"{OLDER_FORMAT} and {FORMAT}; give another store=DIR, or use the version of sead_dist "
             "that wrote it"
         )
     return int(found)
@@ -207,14 +207,14 @@ def unique_name(stem: str) -> str:
 
 def explain(root: Path, name: str, error: OSError) -> str:
     """The message for a store that cannot be written, with the cause and the fix."""
-    remedy = REMEDIES.get(error.errno or 0, "check that folder or name another store=DIR")
+    remedy = REMEDIES.get(error.errno or 0, "check that folder or give another store=DIR")
     return f"the prediction store {root} cannot be written ({name}: {error.strerror}); {remedy}"
 
 
 def unreadable(path: Path, error: OSError) -> RunError:
     """The error for a file in the store that cannot be read."""
     return RunError(
-        f"{path} in the prediction store cannot be read ({error.strerror}); correct that, or name "
+        f"{path} in the prediction store cannot be read ({error.strerror}); correct that, or give "
         "another store=DIR"
     )
 
