@@ -37,6 +37,7 @@ from sead_dist.runs.setup import RunSetup, build
 from sead_dist.runs.without_gold import rescored, with_ensemble_labels
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
+from sead_dist.runtime.files import TRIAL
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import is_finished, noted, tell, write_json
 from sead_dist.teachers.validation import ask_all
@@ -317,7 +318,7 @@ def try_report(setup: RunSetup) -> None:
     """
     run = Path(setup.config.output_dir)
     try:
-        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run) as folder:
+        with tempfile.TemporaryDirectory(prefix=TRIAL, dir=run) as folder:
             write_trial_report(setup, run, Path(folder))
     except (UserError, RunError):
         raise
