@@ -65,11 +65,11 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    drawn = random.getstate()
+    state = random.getstate()
     try:
         return getattr(import_module(_ELSEWHERE.get(name, "sead_dist.api")), name)
     finally:
-        random.setstate(drawn)  # a library draws numbers when it is imported
+        random.setstate(state)  # a library draws numbers when it is imported
 
 
 def __dir__() -> list[str]:
