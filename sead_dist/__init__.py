@@ -66,12 +66,12 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    drawn, there = random.getstate(), set(os.environ)
+    state, there = random.getstate(), set(os.environ)
     try:
         return getattr(import_module(_ELSEWHERE.get(name, "sead_dist.api")), name)
     finally:
         # libraries draw numbers and set variables when they are imported
-        random.setstate(drawn)
+        random.setstate(state)
         for variable in set(os.environ) - there:
             del os.environ[variable]
 

@@ -52,7 +52,7 @@ from sead_dist.runs.without_gold import load_to_score
 from sead_dist.runtime.distributed import (
     StopFlag,
     World,
-    explain,
+    end_if_rank_lost,
     from_main,
     join_world,
     leave_world,
@@ -377,7 +377,7 @@ def call() -> Iterator[World]:
             raise
         except Exception as error:
             if isinstance(error, RuntimeError):
-                explain(world, error)
+                end_if_rank_lost(world, error)
             if (line := run_error(error)) is None:
                 raise
             raise line from error

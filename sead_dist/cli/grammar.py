@@ -12,7 +12,7 @@ A sentence is one clause or two:
 
 In the last two forms A and B always differ in sign, so counting words cannot solve them. The form
 "B although A" is left out. With it, encoders as small as the demo's, trained from random weights in
-seconds, often do not learn the rule, and then no teacher is good enough.
+seconds, often do not learn the rule. Then they fail the validation of teachers.
 
 For each adjective the seed reserves a few nouns, negators and degree words for the dev split
 (`validation`). Every clause of the dev split uses only words that are reserved for its adjective.
@@ -83,8 +83,8 @@ def write_grammar_task(
     it) and `tokenizer/` (for AutoTokenizer). No sentence occurs twice, within a file or between
     files.
 
-    label_noise: the share of training labels that are flipped, as annotation errors are. The labels
-    of validation are always right.
+    label_noise: the share of training labels that are swapped, as by errors of annotation. The
+    labels of validation are always right. Raises OSError where `folder` cannot be written.
     """
     rng = random.Random(seed)
     seen_pools, unseen_pools = _divide_words(rng)
@@ -116,7 +116,8 @@ def write_grammar_task(
 
 
 def grammar_tokenizer() -> BertTokenizer:
-    """A WordPiece tokenizer. A word of the grammar is one token, others are split into letters."""
+    """A WordPiece tokeniser. A word of the grammar is one token. Other words are split into
+    letters."""
     words = {"the", "was", "and", "but", "although", ",", *NOUNS, *NEGATORS}
     for group in (*ADJECTIVES.values(), *DEGREES.values()):
         words.update(group)
@@ -152,6 +153,7 @@ def _draw_rows(
 
 
 def _draw_sentence(pools: dict[str, Pools], rng: random.Random) -> tuple[str, int]:
+    """A sentence, and the index of its class."""
     form = rng.choices(FORMS, FORM_WEIGHTS)[0]
     main = _draw_clause(pools, rng)
     if form == "one":

@@ -1,6 +1,6 @@
-"""Names that keys and files had, and those that they have: the one map.
+"""Old names of keys and files, and their present names; and the known name nearest to a wrong one.
 
-It serves the rejection of an old key, and the reading of what was written with old names.
+An old key is rejected with its present name. Files with old names are read.
 """
 
 from collections.abc import Iterable, Mapping
@@ -46,7 +46,8 @@ VALUES = {
     ("start", "guide"): "feature_teacher",
     ("select.on", "select"): "held_out",
     ("drift", "on"): "fp32",
-    # all steps were a share of 1, which is one step now
+    # warmup=1 was a share, all steps; warmup_steps=1 is one step. So an old run's identity has a
+    # value that no present run has, and a command or a file gets a share just below 1.
     ("warmup", 1.0): "all steps",
     ("warmup", "1"): "0.999999999",
     ("warmup", "1.0"): "0.999999999",
@@ -62,12 +63,17 @@ FILES = {"examination.json": "teacher_validation.json"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is at most two letters away (changed, left out, too many, or two
-    neighbours swapped; capitals aside) and shares more than half of them, the nearest first; None
-    where none is."""
-    found = [(letters_apart(name.casefold(), one.casefold()), one) for one in known]
-    near = [pair for pair in found if pair[0] <= 2 and 2 * pair[0] < max(len(name), len(pair[1]))]
-    return min(near, key=lambda pair: pair[0])[1] if near else None
+    """The known name nearest to `name`, by `letters_apart` without regard to capitals.
+
+    At most two letters may differ, and less than half of the letters of the longer of the two
+    names. None where no name is so near.
+    """
+    near: dict[str, int] = {}
+    for other in known:
+        apart = letters_apart(name.casefold(), other.casefold())
+        if apart <= 2 and 2 * apart < max(len(name), len(other)):
+            near[other] = apart
+    return min(near, key=near.__getitem__, default=None)
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
@@ -84,23 +90,31 @@ def known_names(name: str, known: Iterable[str]) -> str:
 
 
 def letters_apart(one: str, other: str) -> int:
-    """The edit distance (optimal string alignment); 3 for more than two."""
+    """How many letters to change, leave out or add, or neighbours to swap, to make `other` of `one`
+    (the edit distance by optimal string alignment); 3 for more than two."""
     if abs(len(one) - len(other)) > 2:
         return 3
+    # row[j]: the distance of the first i letters of `one` to the first j letters of `other`
+    two_before: list[int] = []
     before: list[int] = []
     row = list(range(len(other) + 1))
-    for i, letter in enumerate(one, 1):
-        older, before, row = before, row, [i]
-        for j, against in enumerate(other, 1):
-            least = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != against))
-            if older and j > 1 and letter == other[j - 2] and one[i - 2] == against:
-                least = min(least, older[j - 2] + 1)
+    for i in range(1, len(one) + 1):
+        two_before, before, row = before, row, [i]
+        for j in range(1, len(other) + 1):
+            changed = before[j - 1] + (one[i - 1] != other[j - 1])
+            least = min(before[j] + 1, row[j - 1] + 1, changed)
+            # two neighbours are swapped
+            if i > 1 and j > 1 and one[i - 2] == other[j - 1] and one[i - 1] == other[j - 2]:
+                least = min(least, two_before[j - 2] + 1)
             row.append(least)
     return min(row[-1], 3)
 
 
 def new_name(key: str) -> str | None:
-    """The present name of a (dotted) key or section that had another; None where it had none."""
+    """The present name of a (dotted) key or section that was renamed; None for any other.
+
+    The keys of an old section may lie in several places now: "a and b".
+    """
     if key in RENAMED:
         return RENAMED[key]
     inside = [new for old, new in RENAMED.items() if old.startswith(f"{key}.")]
@@ -109,8 +123,8 @@ def new_name(key: str) -> str | None:
 
 
 def renamed(keys: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
-    """Flat keys of a run, as its identity holds them, under their present names and values; or
-    those inside a section (`teachers.`)."""
+    """Flat keys of a run, as its identity holds them, under their present names and values. inside:
+    the section whose keys these are (`teachers.`), if any."""
     names = {key: RENAMED.get(inside + key, inside + key).removeprefix(inside) for key in keys}
     return {names[key]: _value(inside + key, value) for key, value in keys.items()}
 
@@ -133,6 +147,7 @@ def renamed_config(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(keys: dict[str, Any], name: str, value: Any) -> None:
+    """Put the value of an old (dotted) key into `keys`, under its present section and name."""
     if name == "warmup" and value == 1:  # a file holds a number, an override a text
         value = float(_value(name, "1"))
     section, dot, part = RENAMED.get(name, name).rpartition(".")
@@ -146,24 +161,25 @@ def renamed_record(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed_words(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The KEY=VALUE overrides of a command under the keys' present names."""
+    """The words of an older version's command, with the overrides under the keys' present names."""
     off = any(word.strip() == "gate=off" for word in words)
-    found = [_word(word) for word in words if not (word.startswith("drift=") and off)]
-    gone = set() if off else {"teacher_validation=off"}
+    found = [_renamed_word(word) for word in words if not (word.startswith("drift=") and off)]
+    # gate and drift are one key now: drift=off left the gate on, and drift=on is more than gate=on
+    left_out = set() if off else {"teacher_validation=off"}
     if "teacher_validation=fp32" in found:
-        gone.add("teacher_validation=on")
-    return tuple(word for word in found if word not in gone)
+        left_out.add("teacher_validation=on")
+    return tuple(word for word in found if word not in left_out)
 
 
-def _word(word: str) -> str:
-    key, is_, value = word.partition("=")
+def _renamed_word(word: str) -> str:
+    key, equals, value = word.partition("=")
     prefix, bare = "", key
     if key.startswith("finetune."):
         prefix, bare = "finetune.", key.removeprefix("finetune.")
     elif key.startswith("per_task."):
         head = key.split(".", 2)
         prefix, bare = ".".join(head[:2]) + ".", head[2] if len(head) > 2 else ""
-    return f"{prefix}{RENAMED.get(bare, bare)}{is_}{_value(bare, value)}" if is_ else word
+    return f"{prefix}{RENAMED.get(bare, bare)}{equals}{_value(bare, value)}" if equals else word
 
 
 def _value(key: str, value: Any) -> Any:

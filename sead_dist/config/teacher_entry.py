@@ -14,16 +14,19 @@ from sead_dist.config.sections import MANY, Labels, Placed, Precision, Section, 
 
 # what the values of a file of predictions are; auto: what its columns say
 VALUE_KINDS = (
-    *("auto", "probabilities", "log_probabilities", "logits", "labels", "votes", "top_k"),
-    "scores",
+    *("auto", "probabilities", "log_probabilities", "logits"),
+    *("labels", "votes", "top_k", "scores"),
 )
-# what only a language model reads, and what only one at an endpoint does
+# keys that only a language model has, and keys that only one at an endpoint has
 PROMPT_KEYS = ("prompt", "words", "chat", "shots", "contextual_calibration")
 ENDPOINT_KEYS = ("endpoint", "concurrency", "max_requests")
 
 
 def kind_of_teacher(name: Any, info: ValidationInfo) -> Any:
-    """A registered kind; of a file of predictions, what its values are."""
+    """The given kind: a registered one, or for a file of predictions what its values are.
+
+    Raises ValueError for any other name.
+    """
     is_file = info.data.get("predictions") is not None
     return allowed_name(name, VALUE_KINDS if is_file else names("kind of teacher"))
 
@@ -32,7 +35,8 @@ def with_kind(raw: Any) -> Any:
     """The entry with its `model` as its path, and with the kind that its other keys mean.
 
     Raises ValueError for a model without a prompt, for a prompt without a model, and for a model
-    and a path."""
+    and a path.
+    """
     if not isinstance(raw, Mapping):
         return raw
     entry = dict(raw)
@@ -53,19 +57,25 @@ def with_kind(raw: Any) -> Any:
     return entry
 
 
-def mistake(kind: str, given: Mapping[str, Any]) -> str | None:
-    """What is wrong with the keys of a prompt, as the end of an error message, or None. given: the
-    keys that differ from their defaults."""
+def prompt_mistake(kind: str, given: Mapping[str, Any]) -> str | None:
+    """What is wrong with the keys of a prompt, as the end of an error message, or None.
+
+    kind: of a teacher. given: the keys that differ from their defaults.
+    """
     if kind not in (LANGUAGE_MODEL, ENDPOINT):
         of_prompt = [key for key in (*PROMPT_KEYS, *ENDPOINT_KEYS) if key in given]
         if not of_prompt:
             return None
-        key, kind_of_it = of_prompt[0], "a classifier" if kind == MODEL else f"kind: {kind}"
+        key, fix = of_prompt[0], f"leave {of_prompt[0]} out"
         if "predictions" in given:
-            kind_of_it = "a file of predictions"
-        missing = "leave kind out" if "prompt" in given else "give a prompt and words too"
-        fix = f"{missing}, or leave {key} out" if kind == MODEL else f"leave {key} out"
-        return f"{key} is for a language model, and this is {kind_of_it}; {fix}"
+            what = "a file of predictions"
+        elif kind == MODEL:
+            what = "a classifier"
+            other_fix = "leave kind out" if "prompt" in given else "give a prompt and words too"
+            fix = f"{other_fix}, or {fix}"
+        else:
+            what = f"kind: {kind}"
+        return f"{key} is for a language model, and this is {what}; {fix}"
     for key in ("prompt", "words"):
         if key not in given:
             return f"a language model needs a prompt and words, and {key} is missing; add it"
@@ -74,16 +84,16 @@ def mistake(kind: str, given: Mapping[str, Any]) -> str | None:
         return f"{remote[0]} is for kind: {ENDPOINT}; leave it out" if remote else None
     if "endpoint" not in given:
         return "endpoint is missing; give the URL of an OpenAI-compatible interface, ending in /v1"
-    return _mistaken_url(given["endpoint"])
+    return _url_mistake(given["endpoint"])
 
 
-def mistaken_words(words: Mapping[str, list[str]]) -> str | None:
+def words_mistake(words: Mapping[str, list[str]]) -> str | None:
     """What is wrong with the words of the classes, as the end of an error message, or None."""
     class_of: dict[str, str] = {}
-    for name, its in words.items():
-        if not its:
+    for name, words_of_class in words.items():
+        if not words_of_class:
             return f"the class {name!r} has no words; give it one, with the blank that precedes it"
-        for word in its:
+        for word in words_of_class:
             if not word.strip():
                 return f"the class {name!r} has the word {word!r}, which is empty; give letters"
             if word in class_of:
@@ -95,7 +105,7 @@ def mistaken_words(words: Mapping[str, list[str]]) -> str | None:
     return None
 
 
-def _mistaken_url(url: str) -> str | None:
+def _url_mistake(url: str) -> str | None:
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -116,13 +126,13 @@ class TeacherConfig(Section):
     endpoint, or a registered kind."""
 
     any_text: ClassVar[frozenset[str]] = frozenset({"prompt", "words"})
-    # keys that mean something to a model alone, and to a file of predictions alone
+    # keys that only a model has, and keys that only a file of predictions has
     of_models: ClassVar[tuple[str, ...]] = (
         *("revision", "offload", "dtype", "quantization", "max_length"),
     )
     of_files: ClassVar[tuple[str, ...]] = (
-        *("id", "column", "confidence", "annotator", "abstain", "unknown", "duplicates"),
-        "smoothing",
+        *("id", "column", "confidence", "annotator"),
+        *("abstain", "unknown", "duplicates", "smoothing"),
     )
 
     path: str
@@ -198,7 +208,8 @@ class TeacherConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def file_stands_for_path(cls, given: Any) -> Any:
-        """An entry with `predictions` is held by every rank, and its file is its path."""
+        """An entry with `predictions` has its file as its path, and the placement colocated: every
+        rank reads the file."""
         if not isinstance(given, dict) or given.get("predictions") is None:
             return given
         if given.get("path") not in (None, given["predictions"]):
@@ -210,19 +221,24 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def keys_fit(self) -> "TeacherConfig":
-        """Each key means something to this teacher."""
+        """Rejects a key of a model for a file of predictions, and a key of a file for a model."""
         is_file, fields = self.predictions is not None, type(self).model_fields
+        this, other = "file of predictions", "model"
+        if not is_file:
+            this, other = other, this
         for key in self.of_models if is_file else self.of_files:
             if getattr(self, key) != fields[key].default:
-                whose, is_one = ("model", "file of predictions")[:: 1 if is_file else -1]
-                raise ValueError(f"{key} is for a {whose}, and this is a {is_one}; leave {key} out")
+                raise ValueError(f"{key} is for a {other}, and this is a {this}; leave {key} out")
         if is_file and self.placement != "colocated":
             raise ValueError(
-                f"a file of predictions has no placement {self.placement}: leave placement out"
+                f"a file of predictions has no placement {self.placement}; leave placement out"
             )
-        if self.labels is not None and isinstance(self.labels, dict) != is_file:
-            form = "{NAME: LABEL}" if is_file else "a list of names, or task_order"
-            raise ValueError(f"give labels as {form}")
+        is_mapping = isinstance(self.labels, dict)
+        if self.labels is not None and is_mapping != is_file:
+            wrong, form = "a list or task_order", "{NAME: LABEL}"
+            if is_mapping:
+                wrong, form = "a mapping", "a list of names, or task_order"
+            raise ValueError(f"labels is {wrong}, as for a {other}; give labels as {form}")
         return self
 
     _kind_of_its_keys = model_validator(mode="before")(with_kind)
@@ -230,7 +246,7 @@ class TeacherConfig(Section):
     @field_validator("words")
     @classmethod
     def distinct_words(cls, words: dict[str, list[str]] | None) -> dict[str, list[str]] | None:
-        if words is not None and (problem := mistaken_words(words)):
+        if words is not None and (problem := words_mistake(words)):
             raise ValueError(problem)
         return words
 
@@ -238,7 +254,7 @@ class TeacherConfig(Section):
     def keys_of_its_kind(self) -> "TeacherConfig":
         fields = type(self).model_fields
         given = {key: value for key, value in self if value != fields[key].default}
-        if problem := mistake(self.kind, given):
+        if problem := prompt_mistake(self.kind, given):
             raise ValueError(problem)
         return self
 
@@ -256,5 +272,5 @@ class TeacherConfig(Section):
 
     @property
     def class_names(self) -> Labels:
-        """Of a model, as its entry gives them."""
+        """The order of a model's classes as its entry gives it; None for a file of predictions."""
         return None if isinstance(self.labels, dict) else self.labels

@@ -165,8 +165,10 @@ def parse_yaml(text: str, where: str) -> Any:
             place = f"{where}, line {mark.line + 1}" if mark is not None else where
             said = getattr(error, "problem", None) or getattr(error, "reason", None)
             problem = said or "it cannot be read"
-            below = mark is not None and mark.line > 0
-            fix = "correct this line or the one above it" if below else "correct it"
+            # the parser finds some mistakes of a line only at the start of the next one
+            exact = isinstance(error, yaml.constructor.ConstructorError)
+            here_only = exact or mark is None or mark.line == 0
+            fix = "correct it" if here_only else "correct this line or the one before it"
             raise UserError(f"{place} is not valid YAML: {problem}; {fix}") from error
 
 

@@ -1,6 +1,7 @@
 """Examples of one split (exact texts, labels, identities), and how splits are cut from them.
 
-In a split without gold labels the ensemble's answers are the labels, and the score is agreement.
+In a split without gold labels the ensemble's answers are the labels, and scores measure agreement
+with them.
 
 Shapes: B examples, S sentences of an example, U unique examples, C classes. An identity is a
 128-bit hash of the exact input texts, kept as two int64. Equal rows have equal identities. Contents

@@ -1,6 +1,6 @@
 """Kinds of task. A kind says what a label is, what a head gives, and how a task is scored.
 
-All decisions that depend on the kind of a task stand here.
+All that depends on the kind of a task stands here.
 
 Shapes: B examples, C classes (1 where a label is a score).
 """
@@ -29,14 +29,14 @@ class TaskKind(ABC):
     name: str  # as a task says it: kind: NAME
     has_classes: bool  # the largest logit is the answer; else the one logit is a score
     head_of_labels: bool  # a text row has a logit for each label, aligned by name; else it has one
-    label_type: type[np.generic]
-    unlabelled: float
+    label_type: type[np.generic]  # of labels_B
+    unlabelled: float  # the value in labels_B of a row without a gold label
     hard_loss: str  # a name of `objectives.losses.HARD_LOSSES`
     soft_losses: tuple[str, ...]  # loss=auto is the first; others apply unless they need classes
     default_metrics: tuple[str, ...]  # of a task that names none
     problem_type: str | None = None  # Transformers' word for it, where it has one
     limit: str | None = None  # what a user of the model alone has to know, for the card
-    # the metrics that a task with this row shape can have
+    # the names of the metrics that a task can have whose rows this reader reads (`TaskSpec.reader`)
     metric_names: Callable[[str], list[str]]
     # metrics of logits_BC, by name; ValueError where a row has no label
     compute: Callable[[Sequence[str], np.ndarray, MetricInputs], dict[str, float]]
@@ -53,7 +53,8 @@ class TaskKind(ABC):
 
     @abstractmethod
     def label_parser(self, task: "TaskSpec") -> Callable[[Any, str], float]:
-        """(value in a file, its place) -> class index or score; UserError names the place."""
+        """A function: (value in a file, its place) -> class index or score. It raises a UserError
+        with the place for any other value."""
 
     @abstractmethod
     def is_label(self, task: "TaskSpec", value: str) -> bool:
@@ -61,7 +62,7 @@ class TaskKind(ABC):
 
     @abstractmethod
     def answers(self, task: "TaskSpec", logits_BC: np.ndarray) -> dict[str, list[Any]]:
-        """The columns that a prediction adds, each of B values."""
+        """The columns that a prediction adds to the rows, by name, each of B values."""
 
 
 class Classification(TaskKind):
@@ -76,13 +77,13 @@ class Classification(TaskKind):
     soft_losses = ("kl", "mse")
     default_metrics = ("accuracy",)
     problem_type: str | None = "single_label_classification"
-    metric_names = staticmethod(metrics.names_of_classes)
+    metric_names = staticmethod(metrics.class_metrics)
     compute = staticmethod(metrics.of_classes)
     constant = staticmethod(metrics.constant)
 
     def find_problem(self, task: "TaskSpec") -> str | None:
         if task.score_range is not None:
-            return f"score_range is for kind 'regression', not {task.kind!r}; leave one out"
+            return f"score_range is for kind 'regression', not {task.kind!r}; leave it out"
         labels = [normalise_label(label) for label in task.labels]
         if len(labels) < 2 or len(set(labels)) < len(labels):
             return f"labels is {list(task.labels)}; give two or more different names"
@@ -102,13 +103,11 @@ class Classification(TaskKind):
         values = file_values(task)
 
         def parse(value: Any, where: str) -> float:
-            # a missing value is no label, even where a task has a label named None
-            there = value is not None and value == value
-            index = class_of(values, str(value)) if there else None
+            # a missing value (None or NaN) is no label, even where a task has a label named None
+            missing = value is None or value != value
+            index = None if missing else class_of(values, str(value))
             if index is None:
-                of_labels = {number_name(label) for label in task.labels}
-                numbers = [name for name in values if number_name(name) == name]
-                allowed = ", ".join([*task.labels, *(n for n in numbers if n not in of_labels)])
+                allowed = ", ".join([*task.labels, *_numbers_of_classes(task, values)])
                 raise UserError(
                     f"{where}: label {value!r} in column {task.label_column!r} is outside the "
                     f"set; allowed: {allowed}; fix the row"
@@ -158,9 +157,14 @@ class Regression(TaskKind):
     constant = staticmethod(lambda name, classes, inputs: 0.0)
 
     def find_problem(self, task: "TaskSpec") -> str | None:
+        if task.labels:
+            return (
+                f"labels is {list(task.labels)}, but kind 'regression' has score_range instead; "
+                "leave labels out, or give kind: classification without score_range"
+            )
         low, high = task.score_range or (0.0, 0.0)
-        if task.labels or not -math.inf < low < high < math.inf:
-            return f"score_range is {task.score_range}; give [lowest, highest], and no labels"
+        if not -math.inf < low < high < math.inf:
+            return f"score_range is {task.score_range}; give [lowest, highest]"
         return None
 
     def label_parser(self, task: "TaskSpec") -> Callable[[Any, str], float]:
@@ -206,7 +210,8 @@ def normalise_label(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().casefold())
 
 
-def _names(task: "TaskSpec") -> dict[str, int]:
+def _label_names(task: "TaskSpec") -> dict[str, int]:
+    """Labels and their aliases (normalised) -> class index."""
     names = {normalise_label(alias): task.labels.index(to) for alias, to in task.aliases.items()}
     return names | {normalise_label(label): i for i, label in enumerate(task.labels)}
 
@@ -225,21 +230,29 @@ def file_values(task: "TaskSpec") -> dict[str, int]:
     Numbers are class indices, unless the labels are numbers or the task says what they mean.
     """
     named = {normalise_label(v): task.labels.index(to) for v, to in task.value_aliases.items()}
-    named |= _names(task)
-    said = {**task.value_aliases, **task.aliases, **{label: label for label in task.labels}}
-    meant: dict[str, set[int]] = {}
-    for name, label in said.items():
+    named |= _label_names(task)
+    labels = {**task.value_aliases, **task.aliases, **{label: label for label in task.labels}}
+    classes_of: dict[str, set[int]] = {}
+    for name, label in labels.items():
         if (number := number_name(name)) is not None:
-            meant.setdefault(number, set()).add(task.labels.index(label))
-    if not meant:
-        meant = {str(index): {index} for index in range(len(task.labels))}
+            classes_of.setdefault(number, set()).add(task.labels.index(label))
+    if not classes_of:
+        classes_of = {str(index): {index} for index in range(len(task.labels))}
     # where "1.10" and "1.1" are two labels, each is found by its name alone
-    return {number: min(of) for number, of in meant.items() if len(of) == 1} | named
+    return {number: min(of) for number, of in classes_of.items() if len(of) == 1} | named
+
+
+def _numbers_of_classes(task: "TaskSpec", values: Mapping[str, int]) -> list[str]:
+    """The numbers in `file_values` that stand for a class and are not its label."""
+    of_labels = {number_name(label) for label in task.labels}
+    numbers = [name for name in values if number_name(name) == name]
+    return [number for number in numbers if number not in of_labels]
 
 
 def class_of(values: Mapping[str, int], value: str) -> int | None:
-    """The class of a file's value by `file_values`: by its name, else by its number. (A column of
-    whole numbers with a gap is read as 1.0, 2.0.)"""
+    """The class of a file's value in `values` (as `file_values` gives them), by its name, else by
+    its number; None where it has none. (A column of whole numbers with a gap is read as 1.0, 2.0.)
+    """
     index = values.get(normalise_label(value))
     if index is None and (number := number_name(value)) is not None:
         index = values.get(number)
@@ -247,7 +260,8 @@ def class_of(values: Mapping[str, int], value: str) -> int | None:
 
 
 def score_of(value: Any) -> float:
-    """A file's score. NaN for what is no score, also for True and 4_0, which Python accepts."""
+    """A file's score. NaN for a value that is no score, such as True and 4_0, which Python reads as
+    numbers."""
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         return math.nan
     try:
@@ -261,15 +275,15 @@ def align_name(task: "TaskSpec", name: str) -> int | None:
 
     `LABEL_0` names no class. A bare number names one only where the task's own labels are numbers.
     """
-    return _names(task).get(normalise_label(name))
+    return _label_names(task).get(normalise_label(name))
 
 
 def _twice_named(task: "TaskSpec") -> str | None:
     """The problem where a name stands for two labels: one of them would be ignored silently."""
-    meant = {normalise_label(label): (label, "labels") for label in task.labels}
+    first = {normalise_label(label): (label, "labels") for label in task.labels}
     for key in ("aliases", "value_aliases"):
         for alias, label in getattr(task, key).items():
-            before, where = meant.setdefault(normalise_label(alias), (label, key))
+            before, where = first.setdefault(normalise_label(alias), (label, key))
             if before != label:
                 return (
                     f"{alias!r} stands for {label!r} in {key} and for {before!r} in {where} "

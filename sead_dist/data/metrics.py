@@ -24,7 +24,7 @@ PAIRS = 10
 
 
 class Answer(NamedTuple):
-    """One ReCoRD candidate and the answers that its query accepts."""
+    """One candidate of a ReCoRD query, and the answers that are right for the query."""
 
     candidate: str
     gold: tuple[str, ...]
@@ -105,13 +105,14 @@ GROUPED: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
 ANSWERS: dict[str, Callable[[str, str], float]] = {"exact_match": _exact_answer, "f1": _token_f1}
 
 
-def names_of_classes(reader: str) -> list[str]:
-    """The metrics that a task with classes and of this row shape can have."""
+def class_metrics(reader: str) -> list[str]:
+    """The names of the metrics that a task with classes can have. reader: `TaskSpec.reader`."""
     grouped: dict[str, list[str]] = {"multirc": list(GROUPED), "record": list(ANSWERS)}
     return grouped.get(reader) or list(CLASSIFICATION)
 
 
 def _answer_scores(name: str, answers: Sequence[Answer]) -> np.ndarray:
+    """scores_B: the score of each candidate against the right answer that it is most like."""
     score = ANSWERS[name]
     return np.array([max((score(c, g) for g in gold), default=0.0) for c, gold in answers])
 
@@ -123,6 +124,7 @@ def _best_rows(logits_BC: np.ndarray, groups_B: np.ndarray) -> np.ndarray:
 
 
 def _check(logits_BC: np.ndarray, labels_B: np.ndarray, known_B: np.ndarray) -> None:
+    """Raises ValueError where the shapes differ, there is no row, or a row has no label."""
     if len(labels_B) == 0 or logits_BC.ndim != 2 or len(logits_BC) != len(labels_B):
         raise ValueError(f"logits of shape {logits_BC.shape} for {len(labels_B)} labels")
     if not known_B.all():
@@ -132,8 +134,8 @@ def _check(logits_BC: np.ndarray, labels_B: np.ndarray, known_B: np.ndarray) -> 
 def of_scores(
     names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
 ) -> dict[str, float]:
-    """Metrics `names` of scores, logits_BC [B, 1]. Raises ValueError where the shapes differ or a
-    row has no label."""
+    """Metrics `names` of scores, logits_BC [B, 1]. Raises ValueError where the shapes differ, there
+    is no row, or a row has no label."""
     labels_B = inputs.labels_B
     _check(logits_BC, labels_B, ~np.isnan(labels_B))
     scores_B = logits_BC[:, 0].astype(np.float64)
@@ -144,7 +146,7 @@ def of_classes(
     names: Sequence[str], logits_BC: np.ndarray, inputs: MetricInputs
 ) -> dict[str, float]:
     """Metrics `names` of the classes of the largest logits. Raises ValueError where the shapes
-    differ or a row has no label."""
+    differ, there is no row, or a row has no label."""
     labels_B, groups_B, answers = inputs.labels_B, inputs.groups_B, inputs.answers
     _check(logits_BC, labels_B, labels_B >= 0)
     if answers is not None and groups_B is not None:
@@ -178,7 +180,8 @@ def constant(name: str, num_classes: int, inputs: MetricInputs) -> float:
 
 @dataclass(frozen=True)
 class Confusion:
-    """counts_CC[gold, predicted] of the rows with a gold label; names: of the classes."""
+    """counts_CC[gold, predicted]: the number of rows, of those with a gold label. names: those of
+    the C classes."""
 
     names: tuple[str, ...]
     counts_CC: np.ndarray
@@ -227,8 +230,9 @@ class Confusion:
         return ["gold label", "predicted", "rows"], rows
 
     def tables(self, drawn: bool) -> list[str]:
-        """Markdown: the classes one by one, then the matrix, or the worst pairs where the classes
-        are many. drawn: whether a picture shows the matrix."""
+        """Tables in Markdown: the classes one by one, then the matrix, or the worst pairs where
+        there are more than MOST_SHOWN classes. drawn: a picture shows the matrix, so no table does.
+        """
         found = [table(*self.class_table())]
         if len(self.names) > MOST_SHOWN:
             found.append(table(*self.worst_pairs()))
@@ -238,7 +242,8 @@ class Confusion:
 
 
 def confusion(names: Sequence[str], labels_B: np.ndarray, logits_BC: np.ndarray) -> Confusion:
-    """The counts of gold classes (below 0: no label, left out) against those of the top logits."""
+    """The counts of gold classes against those of the largest logits. Rows whose label is below 0
+    have no gold label and are left out."""
     classes = len(names)
     known_B = labels_B >= 0
     cell_B = labels_B[known_B] * classes + logits_BC[known_B].argmax(axis=1)

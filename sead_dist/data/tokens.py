@@ -1,6 +1,6 @@
 """Texts to tokens: the rows of an example set as a tokeniser makes them, and as tensors.
 
-What a model is fed is decided by `ModelInputs` (models/inputs.py), which calls this.
+`ModelInputs` (models/inputs.py) calls this, and sets what a model is fed.
 
 Shapes: B examples, K text rows per example, L tokens.
 """
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The tokens of many text rows, flat: row i is ids[offsets[i]:offsets[i+1]]. cut: the text rows
-    that lost tokens to the maximum length."""
+    """The tokens of many text rows, one row after the other: row i is ids[offsets[i]:offsets[i+1]].
+
+    types: the segment of each token; None where the tokeniser gives none. choices: K, the text rows
+    of an example. pad_id, pad_type: what a padded place holds. cut: the numbers of the text rows
+    that lost tokens to the maximum length. side: where the tokeniser pads, left or right.
+    """
 
     ids: np.ndarray
     types: np.ndarray | None
@@ -41,7 +45,7 @@ class TokenTable:
         return len(self.cut)
 
     def cut_of(self, rows: slice = slice(None)) -> tuple[int, int]:
-        """(text rows that lost tokens, all) of the examples in a slice."""
+        """(how many text rows lost tokens, how many there are) of the examples in a slice."""
         first, after, _ = rows.indices((len(self.offsets) - 1) // self.choices)
         first, after = first * self.choices, after * self.choices
         return int(((self.cut >= first) & (self.cut < after)).sum()), after - first
@@ -54,7 +58,10 @@ class TokenTable:
     def pad(
         self, rows_B: np.ndarray, length: int, side: str | None = None
     ) -> "dict[str, torch.Tensor]":
-        """Model inputs [B*K, length] of these examples, padded on `side`, else the tokeniser's."""
+        """Model inputs [B*K, length] of the examples with the numbers rows_B.
+
+        length: at least that of the longest row. side: where to pad; None: as the tokeniser does.
+        """
         import torch  # data are read without it
 
         flat = (rows_B[:, None] * self.choices + np.arange(self.choices)).reshape(-1)
@@ -103,10 +110,10 @@ def tokenize(
             flat = [i for row in encoded["token_type_ids"] for i in row]
             types.append(np.array(flat, dtype=np.int8))
         cut += [start + place for place in cut_rows(tokenizer, encoded, examples, part, max_length)]
-    reject_empty(examples, lengths)
+    reject_tokenless(examples, lengths)
     return TokenTable(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        types=np.concatenate(types) if uses_types and types else None,
+        types=np.concatenate(types) if types else None,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         choices=examples.choices,
         pad_id=int(tokenizer.pad_token_id),
@@ -123,8 +130,11 @@ def cut_rows(
     part: slice,
     max_length: int,
 ) -> list[int]:
-    """Which of these text rows lost tokens to `max_length`. Tokenisers written in Python do not
-    report that. They are called again, without a limit, for the rows that fill it."""
+    """The places in `part` of the text rows that lost tokens to `max_length`.
+
+    Tokenisers written in Python do not report that. They are called again without a limit, for the
+    rows that have `max_length` tokens.
+    """
     if encoded.encodings is not None:
         return [place for place, row in enumerate(encoded.encodings) if row.overflowing]
     full = [place for place, row in enumerate(encoded["input_ids"]) if len(row) >= max_length]
@@ -138,7 +148,8 @@ def cut_rows(
 
 
 def describe_cuts(counts: Mapping[str, tuple[int, int]], max_length: int) -> str | None:
-    """A line on text rows that lost tokens, by counts (cut, all) of each split; None for none."""
+    """A line on text rows that lost tokens; None where no row did. counts: of each split, as
+    `TokenTable.cut_of` gives them."""
     if not any(cut for cut, _ in counts.values()):
         return None
     parts = ", ".join(f"{cut} of {rows} in {split}" for split, (cut, rows) in counts.items())
@@ -147,7 +158,7 @@ def describe_cuts(counts: Mapping[str, tuple[int, int]], max_length: int) -> str
 
 def reject_no_room(tokenizer: "PreTrainedTokenizerBase", pairs: bool, max_length: int) -> None:
     """Raises UserError where the tokeniser's own tokens alone fill a row."""
-    # in lists: a bare "" counts as no second text
+    # in lists, because a second text "" alone would count as none
     own = len(tokenizer([""], [""] if pairs else None)["input_ids"][0])
     if max_length <= own:
         raise UserError(
@@ -157,7 +168,7 @@ def reject_no_room(tokenizer: "PreTrainedTokenizerBase", pairs: bool, max_length
         )
 
 
-def reject_empty(examples: ExampleSet, lengths: Sequence[int]) -> None:
+def reject_tokenless(examples: ExampleSet, lengths: Sequence[int]) -> None:
     """Raises UserError for a text of which the tokeniser makes no token at all."""
     if 0 in lengths:
         row = int(examples.rows_B[lengths.index(0) // examples.choices]) + 1
@@ -173,11 +184,11 @@ def adds_tokens(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def tokenless_row(part: ExampleSet, tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The first example with a text row of which `tokenizer` makes no token; None for none."""
+    """The first example with a text row of which `tokenizer` makes no token; None where there is
+    none. Texts with a letter or a digit are taken to have tokens."""
     for row, first in enumerate(part.texts_a):
         second = None if part.texts_b is None else part.texts_b[row]
-        if re.search(r"[^\W_]", first) or (second is not None and re.search(r"[^\W_]", second)):
-            continue
-        if not tokenizer(first, second)["input_ids"]:
+        has_word = re.search(r"[^\W_]", first + (second or "")) is not None
+        if not has_word and not tokenizer(first, second)["input_ids"]:
             return row // part.choices
     return None

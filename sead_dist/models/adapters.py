@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sead_dist.errors import UserError, reading, reason, rejection
-from sead_dist.models.loaded import final_layer, reject_gaps, reject_leftovers, some
+from sead_dist.models.loaded import final_layer, first_few, reject_gaps, reject_leftovers
 from sead_dist.models.pretrained import (
     ADAPTER,
     COPY,
@@ -135,8 +135,8 @@ def _merge(adapter: Checkpoint, base: Checkpoint, folder: Path) -> None:
         whole = both.merge_and_unload(safe_merge=True)
     if other := shapes.keys() ^ read.keys():
         raise UserError(
-            f"{who}: the adapter does not fit this base in {some(other)}; give the base that the "
-            "adapter was trained on"
+            f"{who}: the adapter does not fit this base in {first_few(other)}; give the base that "
+            "the adapter was trained on"
         )
     whole.save_pretrained(folder)
     words = next((one.folder for one in (adapter, base) if _has_words(one.folder)), None)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from sead_dist.data.order import Split, make_batch
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.sequence_classifier import load_plain, unshared, write_weights
-from sead_dist.runtime.files import put_folder
+from sead_dist.runtime.files import TRIAL, put_folder
 
 # allowed share of the largest logit (at least 1); autocast rounds every product
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
@@ -64,10 +64,10 @@ def check_saving(
     """
     kind = model.config.model_type
     fix = "give a student of another kind, or the whole model (leave student.layers out)"
-    for left in folder.glob(".trial-*"):  # of a run that was killed
+    for left in folder.glob(f"{TRIAL}*"):  # of a run that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".trial-", dir=folder) as aside:
+        with tempfile.TemporaryDirectory(prefix=TRIAL, dir=folder) as aside:
             own = dict(vars(model.config))
             write_weights(model, unshared(model), Path(aside))
             vars(model.config).clear()  # saving notes dtype and class in it

@@ -27,12 +27,12 @@ from sead_dist.errors import RunError, UserError, is_panic, reading, reason, rej
 from sead_dist.models.hidden_states import body_of
 from sead_dist.models.loaded import (
     Loaded,
+    first_few,
     head_names,
     pooler_names,
     reject_gaps,
     reject_leftovers,
-    some,
-    wrapping,
+    wrapper_prefix,
 )
 from sead_dist.models.pretrained import COPY, Checkpoint, locate, weight_files
 from sead_dist.runtime.files import folder_aside
@@ -177,7 +177,7 @@ def read_classifier(
     before = torch.get_rng_state()
     model, loaded = _read(checkpoint, dtype, trust_remote_code, given)
     body = body_of(model)
-    prefix = wrapping(loaded, body[0] if body is not None else "")
+    prefix = wrapper_prefix(loaded, body[0] if body is not None else "")
     if prefix is None:
         return model, loaded
     # new weights must be those that files without a prefix would give
@@ -244,7 +244,7 @@ def load_plain(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel
         raise rejection(f"plain Transformers cannot load it ({reason(error)})", error) from error
     if notes["missing_keys"] or notes["mismatched_keys"]:
         lacking = {*notes["missing_keys"], *(name for name, *_ in notes["mismatched_keys"])}
-        raise UserError(f"plain Transformers does not find the tensors {some(lacking)} in it")
+        raise UserError(f"plain Transformers does not find the tensors {first_few(lacking)} in it")
     return model.eval()
 
 

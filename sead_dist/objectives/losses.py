@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """targets_BC: probabilities at `temperature` (regression: scores). logits_BC: the combined
-    logits; their softmax at `temperature` gives the targets. weights_NB: sum to 1 over teachers, or
-    to 0 in a row that no teacher answers."""
+    """targets_BC: probabilities at `temperature`, or scores. logits_BC: the combined logits, whose
+    softmax at `temperature` gives the targets; or scores. weights_NB: sum to 1 over teachers, or to
+    0 in a row that no teacher answers."""
 
     targets_BC: torch.Tensor
     logits_BC: torch.Tensor
@@ -92,7 +92,7 @@ def centered_difference(student_BC: torch.Tensor, soft: SoftTargets) -> torch.Te
 
 def squared_error(student_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     """hard_B of scores: (student - gold)^2, 0 where the gold score is NaN."""
-    known_B = ~torch.isnan(labels_B)
+    known_B = known(labels_B)
     gold_B = torch.where(known_B, labels_B, torch.zeros_like(labels_B))
     return torch.where(known_B, (student_BC[:, 0] - gold_B) ** 2, torch.zeros_like(gold_B))
 
@@ -230,7 +230,7 @@ class DistillationLoss:
 
     def reading(self, compared: bool) -> "AbstractContextManager[LayerOutputs | None]":
         """Inside the `with`, the student's forward fills the layer outputs that the feature loss
-        compares. None where it compares nothing."""
+        compares. compared: whether it does so in this step. None where nothing is compared."""
         if self.feature is None or not compared:
             return nullcontext()
         return self.feature.reading()
@@ -263,7 +263,7 @@ class DistillationLoss:
         return self.feature.join(terms, student, teacher, mask_RL, valid_B, valid_rows)
 
     def teaches_head(self, step: int) -> bool:
-        """Whether the student's head has been trained by this step (from 1)."""
+        """Whether the student's head has been trained when this step (from 1) is over."""
         return self.feature is None or not self.feature.has_no_head(step)
 
 

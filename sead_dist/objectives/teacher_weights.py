@@ -3,6 +3,9 @@ weights for all rows by stacking (Wolpert 1992; with weights that are not negati
 The other gives the temperature under which a teacher's confidence is as high as its accuracy (Guo
 et al. 2017, section 4.2).
 
+Each function of one row takes the logits and the gold labels, whether or not it reads the labels.
+Labels are class indices, -1 for none; or scores, NaN for none, with logits of one class.
+
 Shapes: N teachers, B rows (labelled ones, where something is fitted), C classes.
 """
 
@@ -21,12 +24,12 @@ MOST_ROUNDS = 100_000
 # a temperature needs at least so many labelled rows of the selection split
 FEWEST_ROWS = 200
 # the least and the largest temperature
-BOUNDS = (0.05, 50.0)
+TEMPERATURE_BOUNDS = (0.05, 50.0)
 
 
 def entropy(logits_NBC: torch.Tensor, labels_B: torch.Tensor | None) -> torch.Tensor:
     """weights_NB: the softmax over teachers of -entropy, as in EBKD (Kwon et al. 2020). Confident
-    teachers count more."""
+    teachers count more. Gold labels are not read."""
     log_p_NBC = torch.log_softmax(logits_NBC, dim=-1)
     entropy_NB = -(log_p_NBC.exp() * log_p_NBC).sum(-1)
     return torch.softmax(-entropy_NB, dim=0)
@@ -77,13 +80,14 @@ def fit_probabilities(logits_NBC: np.ndarray, labels_B: np.ndarray) -> np.ndarra
     gold labels the highest likelihood.
 
     The weights come from expectation-maximisation, from equal weights on. The likelihood never
-    falls (Dempster et al. 1977: a mixture of fixed components). It ends by a bound. The
-    highest mean log-likelihood is at most max_n mean_b(p_nb / sum_m w_m p_mb) - 1 above that of
-    weights w, because the function is concave.
+    falls (Dempster et al. 1977: a mixture of fixed components). The mean log-likelihood is a
+    concave function of the weights. So its highest value is at most
+    max_n mean_b(p_nb / sum_m w_m p_mb) - 1 above that of weights w. The rounds end where this bound
+    is small.
     """
     log_p_NBC = log_softmax(logits_NBC.astype(np.float64), axis=-1)
     log_p_NB = np.take_along_axis(log_p_NBC, labels_B[None, :, None], axis=-1)[..., 0]
-    # a row's scale does not count; with this one no row is 0 for all teachers
+    # A factor of a whole row has no effect. With this factor no row is 0 for all teachers.
     p_NB = np.exp(log_p_NB - log_p_NB.max(axis=0))
     weights_N = np.full(len(p_NB), 1 / len(p_NB))
     for _ in range(MOST_ROUNDS):
@@ -100,8 +104,9 @@ def fit_scores(scores_NB: np.ndarray, labels_B: np.ndarray) -> np.ndarray:
 
     The weights sum to 1, so the error of the mean is sum_n w_n e_n, where e_n are the teachers'
     errors. The weights with the least q = |sum_n w_n e_n|^2 are sought. Non-negative least squares
-    of [e; 1] against [0; 1] finds them (Lawson and Hanson 1974). Its solution is v = t w. The best
-    t leaves a rest of q / (1 + q), which is least where q is least.
+    of [e; 1] against [0; 1] finds them (Lawson and Hanson 1974). Its solution is v = t w, with
+    sum_n w_n = 1. For given w the best t leaves the squared residual q / (1 + q), which is least
+    where q is least.
     """
     errors_BN = scores_NB.T.astype(np.float64) - labels_B[:, None]
     size = np.sqrt((errors_BN**2).sum(axis=0).max())
@@ -117,12 +122,13 @@ def fit_temperature(logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
 
     The log-likelihood is concave in 1/T, so it has one maximum.
     """
-    spread_BC = logits_BC.astype(np.float64) - logits_BC.max(axis=1, keepdims=True)
+    # less the largest logit of the row, on which the softmax does not depend
+    shifted_BC = logits_BC.astype(np.float64) - logits_BC.max(axis=1, keepdims=True)
 
     def loss(log_t: float) -> float:
-        log_p_BC = log_softmax(spread_BC * math.exp(-log_t), axis=1)
+        log_p_BC = log_softmax(shifted_BC * math.exp(-log_t), axis=1)
         return -float(log_p_BC[np.arange(len(labels_B)), labels_B].mean())
 
-    low, high = (math.log(bound) for bound in BOUNDS)
+    low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
     found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
     return math.exp(float(found.x))

@@ -37,7 +37,7 @@ from sead_dist.planning.workload import (
 )
 from sead_dist.runs.checked_run import CheckedRun, check_run
 from sead_dist.runs.checks import reject_encoders, reject_untaught, reject_unused_text
-from sead_dist.runs.setup import uneven
+from sead_dist.runs.setup import idle_rank_lines
 from sead_dist.runtime.console import TitledTable, clock, counted, parse_size
 from sead_dist.runtime.distributed import World, from_main
 from sead_dist.runtime.files import check_writable
@@ -256,7 +256,7 @@ def uncertain(setting: Setting, found: Sequence[Estimate]) -> list[str]:
             "scaled: not measured up to the task's longest texts, but computed from another rate "
             "by the number of operations"
         )
-    lines += uneven(setting.config, setting.size)
+    lines += idle_rank_lines(setting.config, setting.size)
     if any(one.at_least for one in found):
         lines.append(">=: moving split teachers' weights between ranks is not counted")
     if "repair" in work.before:

@@ -47,8 +47,8 @@ def reliability(probabilities_BC: Floats, labels_B: NDArray[Any], bins: int = 10
     """Compute the reliability of class probabilities (Guo et al. 2017, equal-width bins).
 
     Args:
-        probabilities_BC: rows that sum to 1.
-        labels_B: class indices; rows below 0 (unlabelled) are left out.
+        probabilities_BC: rows that sum to 1; rows with NaN (no prediction) are left out.
+        labels_B: class indices; rows below 0 (no gold label) are left out.
         bins: number of bins from 0 to 1; a bin holds its upper edge.
     """
     known_B = (labels_B >= 0) & np.isfinite(probabilities_BC).all(axis=1)
@@ -65,7 +65,10 @@ def reliability(probabilities_BC: Floats, labels_B: NDArray[Any], bins: int = 10
 
 
 def plot_loss(records: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
-    """Draw the loss parts, and below them the selection score, over steps."""
+    """Draw the parts of the loss, and below them the score on the selection split, over steps.
+
+    records: those of metrics.jsonl. metric: the one of the score.
+    """
     figure = _figure(8, 6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     train = even_records([r for r in records if r.get("event") == "train"])
@@ -95,13 +98,13 @@ def plot_loss(records: Sequence[Mapping[str, Any]], metric: str) -> "Figure":
 
 
 def even_records(train: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The records of training, where records of few rows are joined with their neighbours. An
-    evaluation or the end of the run cuts a record short. A mean of few rows would be an outlier.
+    """The records of training, with those of few rows joined to their neighbours.
 
-    Losses are means over rows. A joined record has the step of its last part.
+    A record has few rows where an evaluation or the end of the run cuts it short. Its mean would be
+    an outlier. Losses are means over rows. A joined record has the step of its last part.
     """
     if not all("rows" in record for record in train):
-        return [dict(record) for record in train]  # of a version that did not count them
+        return [dict(record) for record in train]  # an older version, which did not count rows
     full = max((record["rows"] for record in train), default=0)
     joined: list[dict[str, Any]] = []
     for record in train:
@@ -116,6 +119,7 @@ def even_records(train: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """One record for the rows of both: means weighted by rows, and all else of the second."""
     rows = first["rows"] + second["rows"]
     both = {**second, "rows": rows}
     for key in LOSSES:
@@ -159,7 +163,10 @@ def plot_scores(panels: Mapping[str, Sequence[tuple[str, str, float]]], metric: 
 
 
 def plot_calibration(reliabilities: Mapping[str, Reliability], split: str) -> "Figure":
-    """Draw how often the student (and the ensemble) is right, by confidence."""
+    """Draw how often the student (and the ensemble) is right, by confidence.
+
+    reliabilities: one or two, by name, with equal numbers of bins.
+    """
     figure = _figure(8, 6.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = len(next(iter(reliabilities.values())).count_K)
@@ -176,7 +183,8 @@ def plot_calibration(reliabilities: Mapping[str, Reliability], split: str) -> "F
         share_K = result.count_K / max(int(result.count_K.sum()), 1)
         bottom.bar(left_K, share_K, width=0.95 * width, align="edge", color=colour)
     top.plot((0, 1), (0, 1), color=GREY, linestyle="--", linewidth=1, label="perfect")
-    # Confidence is never below one over the number of classes: start at the first bin in use.
+    # Confidence is never below one over the number of classes, so the axis starts at the first bin
+    # that has rows.
     top.set(xlim=(lowest / bins, 1), ylim=(0, 1.02), ylabel="share of rows that are right")
     top.set_title(f"Calibration on {split}")
     bottom.set(xlabel="confidence (largest class probability)", ylabel="share of rows")
@@ -206,11 +214,12 @@ def plot_confusion(found: Confusion, split: str) -> "Figure":
 
 
 def plot_regression(gold_B: Floats, predicted: Mapping[str, Floats], split: str) -> "Figure":
-    """Draw predicted against gold scores, for the student and the ensemble."""
+    """Draw predicted against gold scores, in a panel for each of at most two (student, ensemble).
+    Rows whose gold score is NaN are left out."""
     figure = _figure(0.5 + 4.5 * len(predicted), 5)
     known_B = np.isfinite(gold_B)
-    everything = np.concatenate([gold_B[known_B], *(p_B[known_B] for p_B in predicted.values())])
-    low, high = (float(f(everything, initial=0.0)) for f in (np.nanmin, np.nanmax))
+    drawn = np.concatenate([gold_B[known_B], *(p_B[known_B] for p_B in predicted.values())])
+    low, high = float(np.nanmin(drawn, initial=0.0)), float(np.nanmax(drawn, initial=0.0))
     margin = 0.03 * (high - low) or 1.0
     limits = (low - margin, high + margin)
     panels = figure.subplots(1, len(predicted), sharey=True, squeeze=False)[0]
@@ -253,6 +262,7 @@ def _line(axes: "Axes", points: Floats, label: str, colour: str, style: str, win
 
 
 def _legend(axes: "Axes", title: str | None = None) -> None:
+    """Put the legend to the right of the axes, if there is anything in it."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
             title=title,
@@ -279,6 +289,7 @@ def _plain(name: str) -> str:
 
 
 def _ruled(figure: "Figure", grid: Literal["both", "x"] | None = "both") -> "Figure":
+    """The figure with faint grid lines, and without the upper and right lines of its frames."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         if grid is not None:
@@ -288,7 +299,7 @@ def _ruled(figure: "Figure", grid: Literal["both", "x"] | None = "both") -> "Fig
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write the figure as a PNG; the folder is made."""
+    """Write the figure as a PNG. The folder is made. Raises OSError where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
@@ -296,7 +307,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 def draft(figure: "Figure") -> bytes:
     """The figure as a small PNG, without numbers on its axes and without a layout, which take most
-    of the time. Raises where a text of the figure cannot be drawn.
+    of the time. Raises an error of matplotlib where a text of the figure cannot be drawn.
     """
     from matplotlib.ticker import AutoLocator, NullLocator
 

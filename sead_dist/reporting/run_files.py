@@ -63,7 +63,7 @@ class RunFiles:
         return str(self.scores["splits"].get(split, {}).get("metric", self.metric))
 
     def by_teachers(self, split: str) -> bool:
-        """Whether the figures of a split are agreement with the teachers."""
+        """Whether scores on a split measure agreement with the teachers."""
         return "metric" in self.scores["splits"].get(split, {})
 
     @property

@@ -1,7 +1,7 @@
 """Which run an output folder holds. Nothing of another run with progress is overwritten.
 
-run.json records the run (the claim). A claim without progress, such as that of a run that was
-rejected before it trained, is replaced by a new one. A lock excludes a second process while one
+run.json records the run (the claim). A claim without progress is replaced by a new one. A run that
+was rejected before it trained leaves such a claim. A lock excludes a second process while one
 writes.
 """
 
@@ -101,8 +101,9 @@ def holds_run(run: Path) -> bool:
 def already_finished(config: RunConfig) -> bool:
     """Whether the output folder holds this run, finished.
 
-    The function writes nothing and does not use the network. Files that are on the hub and not on
-    this machine are taken to be unchanged. Raises UserError where the folder holds something else.
+    Writes nothing and does not use the network. Files that are on the hub and not on this machine
+    count as unchanged. Raises UserError where the folder holds another run or something else, and
+    where the model of this run cannot be read.
     """
     run = Path(config.output_dir)
     if not holds_run(run):
@@ -114,7 +115,8 @@ def already_finished(config: RunConfig) -> bool:
     check_model(run)
     task = load_task(config.task)
     data, start, examples = saved.data, saved.start, None
-    if config.data.path is not None or config.data.train is not None:  # else the hub has the data
+    # data of the hub are not read
+    if config.data.path is not None or config.data.train is not None:
         with noted():
             examples = load_examples(config, task)
         data = examples.fingerprint(task)
@@ -144,12 +146,12 @@ def reject_other_scoring(config: RunConfig, examples: RunExamples | None) -> Non
     saved = read_run_config(run)
     if "eval_steps" not in saved:
         return
-    was, asked = (as_yaml(value) for value in (saved["eval_steps"], config.eval_steps))
-    if was != asked:
+    before, now = as_yaml(saved["eval_steps"]), as_yaml(config.eval_steps)
+    if before != now:
         raise UserError(
             f"output_dir={run} holds a run that keeps the best of the students that it scores: "
-            f"eval_steps was {was}, is {asked}, with which other students are scored; give "
-            f"eval_steps={was} to resume it, or another output_dir"
+            f"eval_steps was {before}, is {now}, with which other students are scored; give "
+            f"eval_steps={before} to resume it, or another output_dir"
         )
 
 
@@ -159,7 +161,7 @@ def check_model(run: Path) -> None:
         for path in weight_files(locate(str((run / "model").absolute()))):
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="numpy"):
-                    continue  # opening a truncated or empty file raises
+                    pass  # opening a truncated or empty file raises
     except (UserError, SafetensorError, OSError) as error:
         raise UserError(
             f"output_dir={run} holds this run, finished, but its model cannot be read ({error}); "
@@ -168,15 +170,16 @@ def check_model(run: Path) -> None:
 
 
 def drop_training_state(config: RunConfig) -> None:
-    """Removes a finished run's checkpoints, unless keep_training_state is true."""
+    """Remove a finished run's checkpoints, unless keep_training_state is true."""
     if not config.keep_training_state:
         shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
 
 
 def reject_other_keys(config: RunConfig) -> Identity | None:
-    """The identity of the run in the output folder; None without one, or without progress.
+    """Raises UserError where the run in the output folder has other keys than `config`.
 
-    Data are not compared. Raises UserError where the run has other keys than `config`.
+    Returns the identity of that run; None where there is no run, or one without progress. Data are
+    not compared.
     """
     run = Path(config.output_dir)
     if not (run / "run.json").is_file() or not has_progress(run):
@@ -226,7 +229,7 @@ def reject_other_teachers(config: RunConfig) -> None:
 def weights_now(entry: TeacherConfig) -> str | None:
     """The present hash of a teacher's weights; None for a GGUF file that does not exist.
 
-    Raises UserError where another teacher's weights are not on this machine.
+    Raises UserError where the weights of a teacher that is no GGUF file are not on this machine.
     """
     file = Path(entry.path)
     if file.suffix == ".gguf":
@@ -235,7 +238,7 @@ def weights_now(entry: TeacherConfig) -> str | None:
 
 
 def claim(run: Path, config: RunConfig, identity: Identity) -> None:
-    """Record that this folder holds the run of `config`.
+    """Record that this folder holds the run of `config`. The caller holds the run's lock.
 
     Where another run without progress is recorded, its early files are removed. Raises UserError
     where there is progress of another run.
@@ -289,7 +292,8 @@ def reject_busy_baseline(run: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the lock of this run directory. Raises UserError where another process holds it."""
+    """Hold the lock of this run directory while inside. Raises UserError where another process
+    holds it."""
     path = run / ".lock"
     with try_lock(path) as taken:
         if not taken:
@@ -302,13 +306,14 @@ def locked(run: Path) -> Iterator[None]:
 
 
 @contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
+def try_lock(path: Path, key: str = "output_dir") -> Iterator[bool]:
     """Yield whether this process holds the lock of this file.
 
-    The lock is free again after the block, and when the process ends in any way. Raises UserError
-    or RunError where the folder of the file cannot be made.
+    The lock is free again after the block, and when the process ends in any way. key: the one that
+    names the folder of the file, for the error. Raises UserError or RunError where this folder
+    cannot be made.
     """
-    handle = open_lock(path)
+    handle = open_lock(path, key)
     try:
         if not takes(handle, fcntl.LOCK_EX):
             yield False
@@ -320,22 +325,25 @@ def try_lock(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def open_lock(path: Path) -> int:
+def open_lock(path: Path, key: str = "output_dir") -> int:
     """The descriptor of a lock file, which is made where it is missing.
 
-    Raises UserError or RunError where its folder cannot be made.
+    key and errors: as for `try_lock`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return open_own(path, os.O_RDWR)
     except OSError as error:
         raise rejection(
-            f"output_dir={path.parent} cannot be made: {error.strerror}; give another folder", error
+            f"{key}={path.parent} cannot be made: {error.strerror}; give another folder", error
         ) from None
 
 
 def takes(handle: int, kind: int) -> bool:
-    """Whether this process now holds the lock. kind: LOCK_EX (exclusive) or LOCK_SH (shared)."""
+    """Try to take the lock of an open file, without waiting. Whether this process now holds it.
+
+    kind: LOCK_EX (exclusive) or LOCK_SH (shared).
+    """
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except OSError:
@@ -344,13 +352,14 @@ def takes(handle: int, kind: int) -> bool:
 
 
 class Summary(TypedDict, total=False):
-    """chosen: the values that a finished run chose for keys that were null or auto."""
+    """The part of run_summary.json that is read here. chosen: the values that a finished run chose
+    for keys that were null or auto."""
 
     chosen: dict[str, Any]
 
 
 class StudentStore(TypedDict):
-    """The store that a student reads: its folder and its id."""
+    """The record STUDENT_STORE: the folder and the id of the store that a student reads."""
 
     store: str
     id: str
@@ -364,14 +373,17 @@ def write_student_store(run: Path, root: Path, store_id: str) -> None:
 
 
 def read_student_store(run: Path) -> tuple[str, str] | None:
-    """(path, id) of the store that the student in `run` reads; None before it has written this."""
+    """(path, id) of the store that the student in `run` reads; None before it has written this.
+
+    Raises UserError where the record cannot be read.
+    """
     try:
-        said = read_as(StudentStore, run / STUDENT_STORE)
+        record = read_as(StudentStore, run / STUDENT_STORE)
     except UserError:
         if (run / STUDENT_STORE).exists():
             raise
         return None
-    return said["store"], said["id"]
+    return record["store"], record["id"]
 
 
 def remove_student_store(run: Path) -> None:

@@ -36,7 +36,8 @@ from sead_dist.runs.results import closing_table, conclude, for_people
 from sead_dist.runs.setup import RunSetup, build
 from sead_dist.runs.without_gold import rescored, with_ensemble_labels
 from sead_dist.runtime.console import print_table
-from sead_dist.runtime.distributed import StopFlag, World, barrier, explain, from_main
+from sead_dist.runtime.distributed import StopFlag, World, barrier, end_if_rank_lost, from_main
+from sead_dist.runtime.files import TRIAL
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import is_finished, noted, tell, write_json
 from sead_dist.teachers.validation import ask_all
@@ -101,7 +102,7 @@ def train_student(
             return True
         except RuntimeError as error:
             # a collective fails when another rank dies; the error names that rank
-            explain(world, error)
+            end_if_rank_lost(world, error)
             raise
         found: Validated | None = None
         try:
@@ -123,7 +124,7 @@ def train_student(
             tell(STOPPED_EARLY)
             return True
         except RuntimeError as error:
-            setup.heartbeat.explain(error)
+            setup.heartbeat.end_if_rank_lost(error)
             raise
     barrier(world)
     return True
@@ -317,7 +318,7 @@ def try_report(setup: RunSetup) -> None:
     """
     run = Path(setup.config.output_dir)
     try:
-        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=run) as folder:
+        with tempfile.TemporaryDirectory(prefix=TRIAL, dir=run) as folder:
             write_trial_report(setup, run, Path(folder))
     except (UserError, RunError):
         raise

@@ -70,7 +70,7 @@ def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> 
     for name, split in splits.official.items():
         if not split.examples.has_gold:
             yield (
-                f"{name} has no gold labels: its figures are agreement with the teachers, and "
+                f"{name} has no gold labels: scores there measure agreement with the teachers, and "
                 "whether the teachers are right is not known"
             )
             continue

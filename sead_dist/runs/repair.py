@@ -1,9 +1,9 @@
 """Repair of a student's start that takes few layers of a model.
 
 The start is trained on plain text to give that model's hidden states, before any task. The result
-depends only on start, teacher, text, steps and batch sizes. It is kept in a folder named after
-these, and other tasks and seeds use it too. The training has the loop, engine and checkpoints of a
-run. So a killed repair is resumed, with any number of ranks.
+depends only on start, teacher, text, steps and batch sizes. It is kept in a folder whose name is
+their hash, and other tasks and seeds use it too. The training has the loop, engine and checkpoints
+of a run. So a killed repair is resumed, with any number of ranks.
 """
 
 import shutil
@@ -83,9 +83,9 @@ def repair_start(
 ) -> None:
     """Load the repaired body into the student `model`. The repair runs first where none is kept.
 
-    Head and pooler are unchanged. Every rank calls this. Raises UserError for a text or a teacher
-    that does not fit. Raises StopRequestedError, after a checkpoint is saved, where a stop was
-    requested.
+    Head and pooler are unchanged. Every rank calls this. console: as for `RunLog`. Raises UserError
+    for a text or a teacher that does not fit. Raises StopRequestedError, after a checkpoint is
+    saved, where a stop was requested.
     """
     world.at("looking for a repaired start")
     facts = from_main(world, lambda: repair_facts(config))
@@ -97,8 +97,8 @@ def repair_start(
         if from_main(world, path.is_file):
             tell(f"the start was repaired before: {folder}")
         else:
-            with RunLog(folder, world.is_main, console) as own:
-                repair(config, facts, world, inputs, stop, heartbeat, own)
+            with RunLog(folder, world.is_main, console) as log:
+                repair(config, facts, world, inputs, stop, heartbeat, log)
             tell(f"the start is repaired: {folder}")
     on_every_rank(world, lambda: load_body(model, path))
 
@@ -117,21 +117,19 @@ def wait_for_lock(
     lock = folder.with_name(f"{folder.name}.lock")
 
     def attempt() -> bool:
-        one = ExitStack()
-        taken = one.enter_context(try_lock(lock))
-        if taken:
-            stack.push(one)
-        else:
-            one.close()
+        with ExitStack() as attempted:
+            taken = attempted.enter_context(try_lock(lock, "repair.folder"))
+            if taken:
+                stack.push(attempted.pop_all())  # the lock is held beyond this block
         return taken
 
-    told = False
+    announced = False
     while not from_main(world, attempt):
-        if not told:
+        if not announced:
             tell(f"waiting for another run, which repairs the same start in {folder}")
-        told = True
+            announced = True
         heartbeat.move("waiting for a start that another run repairs")
-        if stop.agreed_with(world, False)[0]:
+        if stop.agreed(world):
             raise StopRequestedError(
                 "stopped while another run repaired the start; nothing is lost"
             )
@@ -152,7 +150,7 @@ def repair(
     Raises StopRequestedError, after a checkpoint is saved, where a stop was requested.
     """
     own, steps = repair_config(config, log.folder), config.repair.steps
-    with noted():  # the run has logged this start
+    with noted():  # these lines are dropped: the run has logged this start
         student = build_student(
             own.student, TEXT, inputs.tokenizer, own.seed, own.trust_remote_code
         )
@@ -161,7 +159,15 @@ def repair(
     split = inputs.split(read_text(Path(config.repair.text or "")))
     whole, parts = on_every_rank(world, lambda: load_whole_model(config, inputs, world))
     feature = make_repair_loss(student, parts, steps, own.seed)
-    identity = Identity({}, "", [], hash_of(facts))
+    loss = DistillationLoss(
+        soft="kl",
+        hard=TEXT.task_kind.hard_loss,
+        alpha=0.0,
+        alpha_end=None,
+        total_steps=steps,
+        feature=feature,
+    )
+    identity = Identity(config={}, data="", teachers=[], start=hash_of(facts))
     name = repair_teacher(config).name
     with ExitStack() as stack:
         engine = Engine(student, own, world, steps, feature.rest)
@@ -182,7 +188,7 @@ def repair(
             source=None,
             teacher_names=[],
             ensemble=None,
-            loss=DistillationLoss("kl", TEXT.task_kind.hard_loss, 0.0, None, steps, feature),
+            loss=loss,
             checkpointer=checkpointer,
             log=log,
             select=None,
@@ -198,12 +204,12 @@ def repair(
                 "same command again to continue"
             )
         weights = without_projections(engine.weights())
-        untaught = head_names(student) | pooler_names(student)
-        kept = {n: t for n, t in weights.items() if n not in untaught}
-        from_main(world, lambda: write_body(log.folder, kept, facts))
-    said = [line["loss"] for line in read_metrics(log.folder) if line.get("event") == "train"]
-    if said:
-        tell(f"repaired: the squared error went from {said[0]:.4g} to {said[-1]:.4g}")
+        not_trained = head_names(student) | pooler_names(student)
+        body = {name: tensor for name, tensor in weights.items() if name not in not_trained}
+        from_main(world, lambda: write_body(log.folder, body, facts))
+    losses = [line["loss"] for line in read_metrics(log.folder) if line.get("event") == "train"]
+    if losses:
+        tell(f"repaired: the squared error went from {losses[0]:.4g} to {losses[-1]:.4g}")
 
 
 def repair_config(config: RunConfig, folder: Path) -> RunConfig:
@@ -254,10 +260,10 @@ def load_whole_model(
     """
     checkpoint = repair_teacher(config)
     who = f"repair.teacher={checkpoint.name}"
-    words = load_tokenizer(checkpoint, config.trust_remote_code)
+    tokenizer = load_tokenizer(checkpoint, config.trust_remote_code)
     model, _ = load_start(checkpoint, config.trust_remote_code)
-    settle(words, model.config)
-    theirs = teacher_inputs(words, tokenizer_hash(words), model.config, inputs.max_length)
+    settle(tokenizer, model.config)
+    theirs = teacher_inputs(tokenizer, tokenizer_hash(tokenizer), model.config, inputs.max_length)
     if theirs.tokenizer_hash != inputs.tokenizer_hash:
         raise UserError(
             f"{who} has another tokeniser than the student, and their hidden states are compared "
@@ -286,7 +292,7 @@ def write_body(folder: Path, weights: dict[str, Any], facts: dict[str, Any]) -> 
     try:
         write_json(folder / "repair.json", facts)
         with written_aside(folder / WEIGHTS) as aside:
-            save_file({n: t.contiguous().cpu() for n, t in weights.items()}, aside)
+            save_file({name: t.contiguous().cpu() for name, t in weights.items()}, aside)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"the repaired start cannot be written to {folder}: {error}; free space or fix the "
@@ -299,16 +305,17 @@ def load_body(model: PreTrainedModel, path: Path) -> None:
     """Load the repaired weights into the student. Raises UserError where the file does not fit."""
     with reading(path, f"remove {path.parent}, and it is made again"):
         weights = load_file(path)
-        lacking, strange = model.load_state_dict(weights, strict=False)
+        lacking, unknown = model.load_state_dict(weights, strict=False)
     state = model.state_dict(keep_vars=True)
-    held = {state[name].data_ptr() for name in weights if name in state}
-    lost = set(lacking) - head_names(model) - pooler_names(model)
-    lost = {name for name in lost if state[name].data_ptr() not in held}
-    if lost or strange:
-        which = (
-            f"lacks the tensor {min(lost)}" if lost else f"holds the unknown tensor {strange[0]}"
-        )
+    # a tensor with two names (tied embeddings) may stand in the file under one of them
+    loaded = {state[name].data_ptr() for name in weights if name in state}
+    missing = set(lacking) - head_names(model) - pooler_names(model)
+    missing = {name for name in missing if state[name].data_ptr() not in loaded}
+    if missing or unknown:
+        problem = f"holds the unknown tensor {unknown[0]}" if unknown else ""
+        if missing:
+            problem = f"lacks the tensor {min(missing)}"
         raise UserError(
-            f"{path} {which}, so it is not a start of this student; remove {path.parent}, and it "
+            f"{path} {problem}, so it is not a start of this student; remove {path.parent}, and it "
             "is made again"
         )

@@ -46,7 +46,7 @@ def score_split(
 
     A teacher is scored on the rows that it predicts ({} for none). The ensemble is scored on the
     rows that all teachers with a weight predict (None for none). Probabilities are None unless
-    these are all rows. Without gold labels the scores are agreement with the ensemble, and
+    these are all rows. Without gold labels the scores measure agreement with the ensemble, and
     probabilities are NaN in rows without a prediction. best: the teacher that the ensemble is
     compared with.
     """

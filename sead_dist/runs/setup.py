@@ -1,6 +1,8 @@
 """The setup of a run: all its objects, built from its configuration before the first step.
 
 A mistake in the configuration raises an error here or in the validation of the teachers.
+
+Shapes: N teachers, W ranks.
 """
 
 import os
@@ -104,8 +106,9 @@ def build(
 ) -> RunSetup:
     """Build the setup of the run. `stack` closes it.
 
-    Nothing is written before the configuration, data and models are checked. console: as for
-    `distill`. Raises UserError for a mistake in them.
+    Nothing is written before the configuration, data and models are checked. stop: holds the signal
+    that requests a stop. console: as for `RunLog`. Raises UserError for a mistake in them, and
+    StopRequestedError where a stop was requested while a start is repaired.
     """
     quiet_libraries(world)
     run = Path(config.output_dir)
@@ -135,9 +138,9 @@ def build(
         world.rank,
         world.size,
     )
-    for line in (*uneven(config, world.size), *teacher_count_lines(config, teachers)):
+    for line in (*idle_rank_lines(config, world.size), *teacher_count_lines(config, teachers)):
         tell(line)
-    be_deterministic(config.deterministic)
+    set_deterministic(config.deterministic)
     source, feature_teacher, feature_loss = None, None, None
     if teachers:
         source = place_teachers(config, task, world, teachers, heartbeat, stack)
@@ -178,8 +181,8 @@ def claim_folder(
 ) -> Identity:
     """Claim the output folder for this run, and lock it while `stack` is open.
 
-    This is the first that a run writes. A trial save checks that the student can be saved. Returns
-    the run's identity. Raises UserError for a folder of another run, and for a student that is read
+    A run writes nothing before this. A trial save checks that the student can be saved. Returns the
+    run's identity. Raises UserError for a folder of another run, and for a student that is read
     back differently than it was saved.
     """
     config, run = checked.config, Path(checked.config.output_dir)
@@ -225,15 +228,15 @@ def teacher_count_lines(config: RunConfig, teachers: Sequence[Teacher]) -> list[
     return []
 
 
-def be_deterministic(asked: bool) -> None:
+def set_deterministic(on: bool) -> None:
     """Set whether torch raises an error for operations that are not deterministic."""
-    if asked:
+    if on:
         # deterministic matrix products of CUDA need this; it is read when the first one runs
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(asked)
+    torch.use_deterministic_algorithms(on)
 
 
-def uneven(config: RunConfig, ranks: int) -> list[str]:
+def idle_rank_lines(config: RunConfig, ranks: int) -> list[str]:
     """A line where some ranks idle in a part of every step."""
     micro_batches = config.global_batch_size // config.micro_batch_size
     if micro_batches % ranks == 0:
@@ -252,9 +255,10 @@ def place_teachers(
     heartbeat: Heartbeat,
     stack: ExitStack,
 ) -> StoredSource:
-    """Place every teacher, and open the source of predictions, from the store or by a forward.
+    """Place every teacher, and open the source of their predictions. `stack` closes it.
 
-    `stack` closes it. Raises UserError for a placement that does not fit.
+    Writes teacher_manifest.json, and for a pool the record of the store. Raises UserError for a
+    placement that does not fit.
     """
     run, folder = Path(config.output_dir), store_folder(config.store.path)
     free = least_free(world)
@@ -296,10 +300,10 @@ def share_splits(
 
     Raises UserError where an endpoint would get more requests than its max_requests.
     """
-    asked = (splits.train, splits.selection, *splits.official.values())
-    for split in asked:
+    predicted = (splits.train, splits.selection, *splits.official.values())
+    for split in predicted:
         source.share_tokens(split, inputs)
-    from_main(world, lambda: tell_requests(source, asked))
+    from_main(world, lambda: tell_requests(source, predicted))
 
 
 def choose_feature_teacher(
@@ -317,7 +321,7 @@ def choose_feature_teacher(
     try:
         return teachers[best_teacher(source, task, selection, config.prefetch_rows)]
     except RuntimeError as error:
-        heartbeat.explain(error)  # a collective fails when another rank dies
+        heartbeat.end_if_rank_lost(error)  # a collective fails when another rank dies
         raise
 
 
@@ -338,12 +342,9 @@ def load_feature_distillation(
         )
         feature_loss = make_feature_loss(config, model, layer_parts, total_steps)
         if config.student_init == "feature_teacher":
-            fits = start_as_feature_teacher(model, body)
-            start = (
-                "the feature teacher's layers"
-                if fits
-                else "its own, the feature teacher's layers do not fit"
-            )
+            start = "the feature teacher's layers"
+            if not start_as_feature_teacher(model, body):
+                start = "its own, the feature teacher's layers do not fit"
             feature_loss = replace(feature_loss, variant=f"{feature_loss.variant}; start: {start}")
         return FeatureTeacher(
             teacher.name, body, layer_parts, feature_loss.theirs, feature_loss.until

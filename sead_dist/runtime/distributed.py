@@ -23,20 +23,18 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from sead_dist.errors import LostRankError, RunError, UserError, rejection
-from sead_dist.runtime.heartbeat import Heartbeat, Limits, Usual
+from sead_dist.runtime.heartbeat import DefaultLimits, Heartbeat, Limits
 
 T = TypeVar("T")
 # A rank may compute a whole window of a large teacher while the others wait.
 TIMEOUT = timedelta(hours=2)
-# Ranks wait so long for each other at the start, however short their limits are.
-SHORTEST_MEETING_S = 60.0
+# Ranks wait at least so long for each other at the start, however short their limits are.
+LEAST_START_WAIT_S = 60.0
 # A network file system may show a new file to other nodes late.
-PATIENCE_S = 10.0
+SHOWN_LATE_S = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SecondCtrlC = signal.Handlers | Callable[[int, FrameType | None], Any]
-
-LAUNCHED = "start with torchrun or accelerate launch, or unset it"
-
+LAUNCHER_FIX = "start with torchrun or accelerate launch, or unset it"
 # variables in which starters other than torch's launchers give the number of processes
 STARTERS = {
     "OMPI_COMM_WORLD_SIZE": "mpirun",
@@ -50,8 +48,8 @@ STARTERS = {
 class World:
     """This process is rank `rank` of `size`, on `device`. exchange: the process group of teacher
     logits. It is not the student's, so that their collectives never wait for each other. control: a
-    gloo group for small decisions. Both are None in a world of one. heartbeat: this rank's signs of
-    life, from before the first collective on."""
+    gloo group for what ranks agree on. heartbeat: this rank's signs of life. All three are None
+    where there is no process group."""
 
     rank: int
     size: int
@@ -71,24 +69,23 @@ class World:
 
 
 def join_world(limits: Limits | None = None) -> World:
-    """The world that the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK) describe. limits: when
-    a rank is given up.
+    """The world that the launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK) describe.
 
-    A process group that is already there is used. Raises UserError when variables are missing,
-    RunError where ranks do not come.
+    limits: when a rank counts as lost. A process group that is already there is used. Raises
+    UserError where variables are missing or wrong, RunError where a rank does not start.
     """
     reject_other_world()
     reject_lone_process()
-    limits = limits or Usual()
+    limits = limits or DefaultLimits()
     size = number_from("WORLD_SIZE", 1, 1)
     # `accelerate launch --cpu` writes True
-    cpu_asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    on_gpu = torch.cuda.is_available() and not cpu_asked
+    cpu_only = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    on_gpu = torch.cuda.is_available() and not cpu_only
     if size == 1 and not dist.is_initialized():
-        # with its number, which set_device needs
-        own = ("cuda", torch.cuda.current_device()) if on_gpu else ("cpu",)
-        return World(0, 1, torch.device(*own))
-    place = checked_place(size)
+        # set_device needs a GPU with its number
+        gpu = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
+        return World(0, 1, gpu or torch.device("cpu"))
+    place = local_rank(size)
     device = torch.device("cuda", place) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -100,13 +97,13 @@ def join_world(limits: Limits | None = None) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, exchange, control, heartbeat)
 
 
-def checked_place(size: int) -> int:
+def local_rank(size: int) -> int:
     """LOCAL_RANK. Raises UserError where the launcher's variables are missing or do not fit."""
     number_from("RANK", 0, 0, size - 1)
-    asked = ["RANK", "LOCAL_RANK"]
+    needed = ["RANK", "LOCAL_RANK"]
     if not dist.is_initialized():
-        asked += ["MASTER_ADDR", "MASTER_PORT"]
-    missing = [name for name in asked if name not in os.environ]
+        needed += ["MASTER_ADDR", "MASTER_PORT"]
+    missing = [name for name in needed if name not in os.environ]
     if missing:
         raise UserError(
             f"WORLD_SIZE={size} but {', '.join(missing)} is not set; start with torchrun or "
@@ -117,18 +114,19 @@ def checked_place(size: int) -> int:
 
 def start_heartbeat(size: int, backend: str, limits: Limits) -> Heartbeat:
     """Start this rank's heartbeat, and wait until all ranks are there. Then make the process group
-    where there is none. Raises RunError, naming the rank, where one does not come."""
+    where there is none. Raises RunError, naming the rank, where one does not start."""
     if dist.is_initialized():  # ranks may come late, from long work of their own
         store, wait_s = _get_default_store(), TIMEOUT.total_seconds()
         rank, size = dist.get_rank(), dist.get_world_size()
     else:
-        rank, wait_s = number_from("RANK", 0, 0), max(SHORTEST_MEETING_S, 5 * limits.timeout_s)
+        rank, wait_s = number_from("RANK", 0, 0), max(LEAST_START_WAIT_S, 5 * limits.timeout_s)
         store = _launcher_store(rank, wait_s)
     # a world may be joined again in the same processes
-    time_of_joining = store.add(f"joined by {rank}", 1)
-    # a call that waits blocks its connection (some versions of PyTorch can have only one)
+    times_joined = store.add(f"joined by {rank}", 1)
+    # A call that waits blocks its connection, so the heartbeat has one of its own. Stores of some
+    # versions of PyTorch have no `clone`.
     own = store.clone() if hasattr(store, "clone") else store
-    signs = PrefixStore(f"heartbeat {time_of_joining}", own)
+    signs = PrefixStore(f"heartbeat {times_joined}", own)
     # the stub of PyTorch lacks has_extended_api
     heartbeat = Heartbeat(rank, size, signs, limits)  # type: ignore[arg-type]
     heartbeat.start(wait_s)
@@ -152,7 +150,7 @@ def _launcher_store(rank: int, wait_s: float) -> Store:
         )
     except (RuntimeError, ValueError) as error:
         what = "rank 0 has not started" if rank else "rank 0 cannot open the store of the ranks"
-        kind = LostRankError if rank == 1 else RunError  # only one of them prints it
+        kind = LostRankError if rank == 1 else RunError  # of ranks 1 and more only rank 1 prints
         raise kind(
             f"{what} at {host}:{port} ({str(error).splitlines()[0][:120]}); check that process and "
             "address, then give the same command again"
@@ -169,28 +167,29 @@ def in_world(limits: Limits | None = None) -> Iterator[World]:
     try:
         yield world
     except RuntimeError as error:
-        explain(world, error)
+        end_if_rank_lost(world, error)
         raise
     leave_world(world)
 
 
-def explain(world: World, error: RuntimeError) -> None:
+def end_if_rank_lost(world: World, error: RuntimeError) -> None:
     """End this process where a collective broke because another rank is gone."""
     if world.heartbeat is not None:
-        world.heartbeat.explain(error)
+        world.heartbeat.end_if_rank_lost(error)
 
 
 def number_from(name: str, default: int, lowest: int, highest: int | None = None) -> int:
-    """A number that a launcher sets. Raises UserError for anything else."""
+    """The whole number in the variable `name`, which a launcher sets; `default` where it is not
+    set. Raises UserError for another text, and for a number below `lowest` or above `highest`."""
     text = os.environ.get(name, str(default))
     number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
     if number < lowest or (highest is not None and number > highest):
         upto = "" if highest is None else f" to {highest}"
-        world = f" (WORLD_SIZE={os.environ.get('WORLD_SIZE')})" if name == "RANK" else ""
+        size = f" (WORLD_SIZE={os.environ.get('WORLD_SIZE')})" if name == "RANK" else ""
         raise UserError(
-            f"{name}={text!r} is not a whole number from {lowest}{upto}{world}; {LAUNCHED}"
+            f"{name}={text!r} is not a whole number from {lowest}{upto}{size}; {LAUNCHER_FIX}"
         )
-    return int(text)
+    return number
 
 
 def reject_other_world() -> None:
@@ -213,10 +212,10 @@ def reject_other_world() -> None:
 
 
 def reject_lone_process() -> None:
-    """`accelerate launch --cpu --num_processes 2` without MPI starts one process silently.
+    """Raises UserError where `accelerate launch` started one process in place of several.
 
-    Its variables show that: for several processes it sets MASTER_PORT, but no WORLD_SIZE. Raises
-    UserError then.
+    `--cpu --num_processes 2` without MPI does so silently. The variables show it: for several
+    processes it sets MASTER_PORT, but no WORLD_SIZE.
     """
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and not dist.is_initialized()
     if by_accelerate and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -238,12 +237,12 @@ def leave_world(world: World) -> None:
 
 
 def gather_objects(world: World, mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What every rank gave, in rank order, on every rank."""
+    """What every rank gave, in rank order, on every rank. group: None: the control group."""
     if world.size == 1:
         return [mine]
-    everyone: list[Any] = [None] * world.size
-    dist.all_gather_object(everyone, mine, group=group or world.control)
-    return everyone
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, mine, group=group or world.control)
+    return gathered
 
 
 def from_main(world: World, make: Callable[[], T]) -> T:
@@ -264,7 +263,7 @@ def from_main(world: World, make: Callable[[], T]) -> T:
 
 
 def on_every_rank(world: World, do: Callable[[], T]) -> T:
-    """`do()` on this rank. An error of any rank is raised on all of them."""
+    """`do()` on this rank. A UserError, RunError or OSError of any rank is raised on all ranks."""
     result: T | None = None
     failure: Exception | None = None
     try:
@@ -344,7 +343,7 @@ def _write_mark(folders: Mapping[str, Path], token: str) -> None:
 
 
 def _first_missing(folders: Mapping[str, Path], token: str) -> str | None:
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + SHOWN_LATE_S
     for key, folder in folders.items():
         while not (folder / token).exists():
             if time.monotonic() > end:
@@ -357,8 +356,8 @@ def _first_missing(folders: Mapping[str, Path], token: str) -> str | None:
 
 class StopFlag:
     """Set by SIGTERM, SIGINT or SIGUSR2 (a scheduler's notice) on any rank; the ranks agree on it
-    at a step boundary. Further signals change nothing, but a second Ctrl-C goes to `second`. By
-    default that ends the process. Calls from Python give a handler that raises instead."""
+    at a step boundary. Further signals change nothing, but `second` handles a second Ctrl-C. By
+    default it ends the process. Calls from Python give a handler that raises instead."""
 
     def __init__(self, second: SecondCtrlC = signal.SIG_DFL) -> None:
         self.signal: int | None = None
@@ -389,12 +388,12 @@ class StopFlag:
         """True on all ranks when any rank was asked to stop."""
         return self.agreed_with(world, False)[0]
 
-    def agreed_with(self, world: World, wish: bool) -> tuple[bool, bool]:
-        """(whether any rank was asked to stop, whether any has the wish), the same on all ranks. It
-        costs one small message."""
-        mine = [self.signal is not None, wish]
+    def agreed_with(self, world: World, flag: bool) -> tuple[bool, bool]:
+        """(whether any rank was asked to stop, whether `flag` is true on any), the same on all
+        ranks. It costs one small message."""
+        mine = [self.signal is not None, flag]
         if world.size == 1:
             return mine[0], mine[1]
-        asked_2 = torch.tensor(mine, dtype=torch.int64)
-        dist.all_reduce(asked_2, op=dist.ReduceOp.MAX, group=world.control)
-        return bool(asked_2[0]), bool(asked_2[1])
+        flags_2 = torch.tensor(mine, dtype=torch.int64)
+        dist.all_reduce(flags_2, op=dist.ReduceOp.MAX, group=world.control)
+        return bool(flags_2[0]), bool(flags_2[1])

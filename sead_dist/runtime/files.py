@@ -36,8 +36,8 @@ ASIDE = ".aside"
 OLDER = f"{ASIDE}-older"
 # the folder to which older versions wrote a model
 FORMER_ASIDE = "model.tmp"
-# names of folders in which something is tried for a moment
-TRIALS = (".trial-", ".rehearsal-")
+# how the names of folders begin in which something is tried for a moment; and in older versions
+TRIAL, FORMER_TRIAL = ".trial-", ".rehearsal-"
 
 
 def open_own(path: Path, flags: int) -> int:
@@ -236,7 +236,7 @@ def sweep_leftovers(run: Path) -> None:
             put_back(folder / _name_of(older))
         for path in [*folder.glob(f".*{ASIDE}*")]:
             _remove(path)
-    trials = [path for name in TRIALS for path in run.glob(f"{name}*")]
+    trials = [path for name in (TRIAL, FORMER_TRIAL) for path in run.glob(f"{name}*")]
     former = (run / FORMER_ASIDE, *checkpoints.glob("*.tmp"))
     for path in (*trials, *former, checkpoints / "trial"):
         shutil.rmtree(path, ignore_errors=True)

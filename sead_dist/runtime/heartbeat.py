@@ -24,20 +24,24 @@ from sead_dist.errors import LostRankError, RunError, UserError
 from sead_dist.runtime.run_log import append_line
 
 MOST_BEAT_S = 1.0
-# other ranks end so much later: the launcher ends all ranks as soon as one has ended
-LAST_WORDS_S = 1.0
+# Other ranks end so much later than the one that prints why: the launcher ends all ranks as soon as
+# one has ended.
+END_DELAY_S = 1.0
 # the key of the line that says why the run ends, and its value until then
-VERDICT, NONE_YET = "verdict", "none yet"
-# the sign of a rank that has ended in good order
+END_REASON, NONE_YET = "end reason", "none yet"
+# the sign of a rank that has ended without an error
 ENDED = "ended"
 
 
 class StopRequestedError(Exception):
-    """A stop was asked for while teachers computed; what they had computed is kept."""
+    """A stop was requested, so work that can be interrupted has ended. What it computed is kept."""
 
 
 class Limits(Protocol):
-    """After how many seconds without a sign of life, and without progress, a rank is given up."""
+    """timeout_s: after so many seconds without a sign of life a rank counts as dead.
+
+    hang_timeout_s: after so many seconds in which no rank makes progress the run counts as hanging.
+    """
 
     @property
     def timeout_s(self) -> float: ...
@@ -62,7 +66,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Usual:
+class DefaultLimits:
     """The limits of a command without a configuration."""
 
     timeout_s: float = 120.0
@@ -108,11 +112,12 @@ class Heartbeat:
         now = time.monotonic()
         others = [other for other in range(size) if other != rank]
         self.peers = {other: Peer(None, now, now) for other in others}
-        self.moved_at = self.looked_at = self.carried_at = now
+        self.moved_at = self.read_at = self.fetched_at = now
         # what the store held last, by key
         self.fetched: dict[str, str] = {}
-        # all ranks are there; this rank's heartbeat is over; a sign is due at once
-        self.met, self.over, self.send_now = threading.Event(), threading.Event(), threading.Event()
+        self.all_started = threading.Event()
+        self.over = threading.Event()  # this rank's heartbeat has ended
+        self.send_now = threading.Event()  # a sign is due at once
         self.threads: list[threading.Thread] = []
         # only the first thread that ends the process prints why
         self.ending = threading.Lock()
@@ -145,23 +150,24 @@ class Heartbeat:
         self.doing = doing
         self.moved_at = time.monotonic()
 
-    def own(self) -> Beat:
+    def own_beat(self) -> Beat:
+        """This rank's sign, as it is now."""
         host, pid = socket.gethostname(), os.getpid()
         asked = None if self.stop is None else self.stop.signal
         return Beat(host, pid, self.count, self.moves, self.place, self.doing, asked)
 
     def beat(self) -> None:
-        """Give a sign of life."""
+        """Send a sign of life to the store."""
         assert self.store is not None
         if self.rank == 0 and self.count == 0:
-            self.store.set(VERDICT, NONE_YET)
+            self.store.set(END_REASON, NONE_YET)
         self.count += 1
-        self.store.set(str(self.rank), json.dumps(asdict(self.own())))
+        self.store.set(str(self.rank), json.dumps(asdict(self.own_beat())))
 
     def fetch(self) -> None:
         """Fetch the last sign of every other rank."""
         assert self.store is not None
-        keys = [VERDICT, *map(str, self.peers)]
+        keys = [END_REASON, *map(str, self.peers)]
         # `get` waits for a key that is not there yet
         keys = [key for key in keys if key in self.fetched or self.store.check([key])]
         if self.store.has_extended_api():
@@ -169,21 +175,21 @@ class Heartbeat:
         else:
             found = [self.store.get(key) for key in keys]
         self.fetched.update((key, text.decode()) for key, text in zip(keys, found, strict=True))
-        self.carried_at = time.monotonic()
+        self.fetched_at = time.monotonic()
         if len(self.fetched) == self.size:
-            self.met.set()
+            self.all_started.set()
 
-    def look(self, now: float) -> None:
+    def read_signs(self, now: float) -> None:
         """Use what was fetched: signs of life, a stop that was asked of another rank, and the end
         of the run by another rank, which ends this process too."""
-        if self.fetched.get(VERDICT, NONE_YET) != NONE_YET and not self.over.is_set():
+        if self.fetched.get(END_REASON, NONE_YET) != NONE_YET and not self.over.is_set():
             os._exit(3)
-        if now - self.looked_at > self.limits.timeout_s / 2:
+        if now - self.read_at > self.limits.timeout_s / 2:
             # this process was suspended, perhaps with all the others: measure from now on
-            self.moved_at = self.carried_at = now
+            self.moved_at = self.fetched_at = now
             for peer in self.peers.values():
                 peer.changed_at = peer.moved_at = now
-        self.looked_at = now
+        self.read_at = now
         for rank, peer in self.peers.items():
             text = self.fetched.get(str(rank))
             if text is None:
@@ -200,20 +206,23 @@ class Heartbeat:
             if beat.stop is not None and self.stop is not None and self.stop.signal is None:
                 self.stop.signal = beat.stop
 
-    def dead(self, now: float, silent_s: float) -> list[int]:
-        """The ranks that have given no sign of life for `silent_s` seconds. Where rank 0 is
-        silent and the store does not answer, only rank 0: it holds the store or is on its node."""
+    def silent_ranks(self, now: float, silent_s: float) -> list[int]:
+        """The ranks that have given no sign of life for `silent_s` seconds.
+
+        Where rank 0 is silent and the store does not answer, only rank 0: it holds the store or is
+        on its node.
+        """
         silent = [
             rank
             for rank, peer in self.peers.items()
             if not peer.ended and now - peer.changed_at > silent_s
         ]
-        return [0] if 0 in silent and now - self.carried_at > silent_s else silent
+        return [0] if 0 in silent and now - self.fetched_at > silent_s else silent
 
-    def verdict(self, now: float) -> str | None:
+    def end_reason(self, now: float) -> str | None:
         """Why this run cannot go on, or None."""
         silent_s, hang_s = self.limits.timeout_s, self.limits.hang_timeout_s
-        dead = self.dead(now, silent_s)
+        dead = self.silent_ranks(now, silent_s)
         if dead:
             return self._end_line(dead[0], f"has given no sign of life for {silent_s:g} s", dead)
         at_work = [peer for peer in self.peers.values() if not peer.ended]
@@ -224,37 +233,43 @@ class Heartbeat:
             places = {r: p.beat.place for r, p in self.peers.items() if p.beat and not p.ended}
             places[self.rank] = self.place
             first = min(places, key=lambda rank: places[rank])
-            return self._end_line(first, f"hangs: no rank has moved for {hang_s:g} s", [])
+            return self._end_line(first, f"hangs: no rank has made progress for {hang_s:g} s", [])
         return None
 
     def _end_line(self, rank: int, what: str, dead: list[int]) -> str:
-        beat = self.own() if rank == self.rank else self.peers[rank].beat
+        """The line that names a rank. dead: this rank and others of which the same holds; empty for
+        a rank that is not dead."""
+        beat = self.own_beat() if rank == self.rank else self.peers[rank].beat
         where = f" (process {beat.pid} on {beat.host})" if beat is not None else ""
         last = beat.doing if beat is not None else "not yet started"
-        ranks = "rank" if len(dead) == 2 else "ranks"
-        others = f"; the same holds for {ranks} {', '.join(map(str, dead[1:]))}"
-        more = others if dead[1:] else ""
+        more, others = "", dead[1:]
+        if others:
+            ranks = "rank" if len(others) == 1 else "ranks"
+            more = f"; the same holds for {ranks} {', '.join(map(str, others))}"
         saved = "" if self.run is None else "the last checkpoint is intact; "
         return (
             f"rank {rank}{where} {what}{more}; it was at: {last}; {saved}"
             "check that process and node, then give the same command again"
         )
 
-    def explain(self, error: RuntimeError) -> None:
-        """Called when a collective broke: end the run if that is because a rank is gone."""
+    def end_if_rank_lost(self, error: RuntimeError) -> None:
+        """End this process with a line where a collective broke because another rank is gone.
+
+        error: that of the collective. Returns where all ranks still give signs of life.
+        """
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         end = time.monotonic() + 8 * self.beat_s
         while self.threads and time.monotonic() < end:
             now = time.monotonic()
-            self.look(now)
+            self.read_signs(now)
             gone = [rank for rank, peer in self.peers.items() if peer.ended or self._vanished(peer)]
-            gone = gone or self.dead(now, 5 * self.beat_s)
+            gone = gone or self.silent_ranks(now, 5 * self.beat_s)
             if gone:
                 self.end(self._end_line(gone[0], f"is gone ({reason[:120]})", gone), gone)
             time.sleep(self.beat_s / 4)
 
     def _vanished(self, peer: Peer) -> bool:
-        """Whether a process of this machine is no more."""
+        """Whether the process of a rank on this machine has ended."""
         if peer.beat is None or peer.beat.host != socket.gethostname():
             return False
         try:
@@ -266,67 +281,68 @@ class Heartbeat:
     def end(self, line: str, gone: list[int]) -> None:
         """Print `line` on the lowest living rank, and end this process with exit code 3."""
         if not self.ending.acquire(blocking=False):
-            time.sleep(LAST_WORDS_S + 2 * self.beat_s)  # another thread ends the process
+            time.sleep(END_DELAY_S + 2 * self.beat_s)  # another thread ends the process
         elif self.rank == min({self.rank, *self.peers} - set(gone)):
             print(f"sead-dist: {line}", file=sys.stderr, flush=True)
             if self.run is not None:
                 with suppress(OSError, UserError):
                     append_line(self.run / "log.txt", line)
-            # in a thread: a stopped store does not return; then the others find out by themselves
-            sending = threading.Thread(target=self._send_verdict, args=(line,), daemon=True)
+            # In a thread, because a store whose process is stopped does not return. Then the other
+            # ranks end by what they measure themselves.
+            sending = threading.Thread(target=self._send_end_reason, args=(line,), daemon=True)
             sending.start()
-            sending.join(LAST_WORDS_S)
+            sending.join(END_DELAY_S)
             time.sleep(2 * self.beat_s)
         else:
-            time.sleep(LAST_WORDS_S)
+            time.sleep(END_DELAY_S)
         os._exit(3)
 
-    def _send_verdict(self, line: str) -> None:
+    def _send_end_reason(self, line: str) -> None:
         assert self.store is not None
         with suppress(RuntimeError):
-            self.store.set(VERDICT, line)
+            self.store.set(END_REASON, line)
 
     def start(self, wait_s: float) -> None:
-        """Begin to send signs, wait until all ranks do, and begin to watch them.
+        """Begin to send signs, wait until all ranks send them, and begin to watch them.
 
-        Raises RunError, naming the rank, where one does not come within `wait_s`, and where the
+        Raises RunError, naming the rank, where one does not started within `wait_s`, and where the
         store does not answer.
         """
-        self.carried_at = time.monotonic()
-        end = self.carried_at + wait_s
-        self._begin(self._carry)
-        while not self.met.wait(0.1):
+        self.fetched_at = time.monotonic()
+        end = self.fetched_at + wait_s
+        self._begin(self._exchange)
+        while not self.all_started.wait(0.1):
             now = time.monotonic()
             silent_s = self.limits.timeout_s
-            come = {self.rank, *(rank for rank in self.peers if str(rank) in self.fetched)}
-            if self.rank != 0 and now - self.carried_at > silent_s:
+            started = {self.rank, *(rank for rank in self.peers if str(rank) in self.fetched)}
+            if self.rank != 0 and now - self.fetched_at > silent_s:
                 what = f"has given no sign of life for {silent_s:g} s; it was at: starting"
-                raise self._lost(0, what, come)
+                raise self._lost(0, what, started)
             if now > end:
-                first = min({*self.peers} - come)
-                raise self._lost(first, f"has not started within {wait_s:g} s", come)
+                first = min({*self.peers} - started)
+                raise self._lost(first, f"has not started within {wait_s:g} s", started)
         now = time.monotonic()
-        self.looked_at = now
-        self.look(now)
+        self.read_at = now
+        self.read_signs(now)
         for peer in self.peers.values():
             peer.changed_at = peer.moved_at = now
         self._begin(self._watch)
 
-    def _lost(self, rank: int, what: str, come: set[int]) -> RunError:
-        """The error for a missing rank. Of the ranks that are there, one gets the printed kind."""
+    def _lost(self, rank: int, what: str, started: set[int]) -> RunError:
+        """The error for a missing rank. The lowest rank that is there prints it."""
         self.over.set()
         line = f"rank {rank} {what}; check that process and node, then give the same command again"
-        return LostRankError(line) if self.rank == min(come - {rank}) else RunError(line)
+        return LostRankError(line) if self.rank == min(started - {rank}) else RunError(line)
 
     def _begin(self, work: Callable[[], None]) -> None:
         self.threads.append(threading.Thread(target=work, name="heartbeat", daemon=True))
         self.threads[-1].start()
 
-    def _carry(self) -> None:
+    def _exchange(self) -> None:
         """Send signs to the store and fetch them from it. This is a thread apart from `_watch`,
         because a store whose process is stopped does not return."""
         while not self.over.is_set():
-            self.send_now.wait(self.beat_s if self.met.is_set() else 0.02)
+            self.send_now.wait(self.beat_s if self.all_started.is_set() else 0.02)
             self.send_now.clear()
             with suppress(RuntimeError, ValueError):  # then no sign is fetched
                 self.beat()
@@ -335,13 +351,13 @@ class Heartbeat:
     def _watch(self) -> None:
         while not self.over.wait(self.beat_s):
             now = time.monotonic()
-            self.look(now)
-            line = self.verdict(now)
+            self.read_signs(now)
+            line = self.end_reason(now)
             if line is not None and not self.over.is_set():
-                self.end(line, self.dead(now, self.limits.timeout_s))
+                self.end(line, self.silent_ranks(now, self.limits.timeout_s))
 
     def finish(self) -> None:
-        """End in good order, so that this rank does not count as dead."""
+        """End the heartbeat, and send the last sign, so that this rank does not count as dead."""
         if not self.threads or self.over.is_set():
             return
         self.over.set()

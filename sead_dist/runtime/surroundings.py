@@ -104,12 +104,13 @@ def _transformers_output() -> Iterator[None]:
 
 @contextmanager
 def _loggers() -> Iterator[None]:
-    """Restore handlers, filters and levels of all loggers there are, and that of `disable`."""
-    known = [logging.root, *logging.root.manager.loggerDict.values()]
+    """Restore levels, handlers and filters of all loggers there are, and the level up to which
+    `logging.disable` silences all of them."""
+    named = logging.root.manager.loggerDict.values()
+    loggers = [logging.root, *(one for one in named if isinstance(one, logging.Logger))]
     before = [
         (one, one.level, list(one.handlers), list(one.filters), one.propagate, one.disabled)
-        for one in known
-        if isinstance(one, logging.Logger)
+        for one in loggers
     ]
     off = logging.root.manager.disable
     try:
@@ -123,13 +124,14 @@ def _loggers() -> Iterator[None]:
 
 
 def keeps_record(record: logging.LogRecord) -> bool:
-    """False for the line that DeepSpeed logs on a CPU as soon as Accelerate imports it."""
+    """A filter of DeepSpeed's logger: False for the line that it logs on a CPU as soon as
+    Accelerate imports it."""
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 def quiet_libraries(world: World) -> None:
     """Silence what repeats a run's own output: Transformers' reports of new heads and its bars,
-    a line of DeepSpeed, and tqdm's bars on other ranks than 0."""
+    a line of DeepSpeed, and tqdm's bars on other ranks than 0. `as_before` restores all of it."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").addFilter(keeps_record)

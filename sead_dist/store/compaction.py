@@ -39,7 +39,7 @@ from sead_dist.store.layout import (
     existing,
     live_runs,
     old_temporaries,
-    raise_format,
+    update_format,
 )
 from sead_dist.store.maintenance import (
     Bad,
@@ -120,7 +120,7 @@ def compact(folder: Path) -> CompactResult:
         runs, stale = live_runs(layout)
         bad: list[Bad] = []
         left = differing = 0
-        raise_format(layout)
+        update_format(layout)
         for _, folders in sorted(_groups(layout, bad).items()):
             parts_left, rows_differing = _compact_split(layout, folders, runs, bad)
             left, differing = left + parts_left, differing + rows_differing

@@ -5,7 +5,7 @@ STORE/keys/<hash>.safetensors     key blocks: the sorted unique example ids of o
 STORE/values/<teacher>/           teacher.json, and the value blocks of one teacher key
 STORE/tmp/                        files being written; the writer of an old one is dead
 STORE/quarantine/                 files found bad, never read again
-STORE/live/                       one locked file for each run that uses the store now
+STORE/live/                       a locked file (a hold) for each run that uses the store now
 STORE/leases/                     work items that a pool computes now (teachers/pool.py)
 STORE/store.lock                  shared: a block is added; exclusive: unused files are removed
 STORE/compact.lock                held by the one compaction or removal that runs
@@ -40,12 +40,12 @@ BLOCK_SUFFIX = ".safetensors"
 DEAD_WRITER_S = 3600.0
 
 REMEDIES = {
-    errno.ENOSPC: "free space there (sead-dist store rm, store compact) or name another store=DIR",
-    errno.EDQUOT: "free space within the quota there or name another store=DIR",
-    errno.EFBIG: "raise the limit on file size (ulimit -f) or name another store=DIR",
-    errno.EROFS: "mount it for writing or name another store=DIR",
-    errno.EACCES: "get permission to write there or name another store=DIR",
-    errno.EPERM: "get permission to write there or name another store=DIR",
+    errno.ENOSPC: "free space there (sead-dist store rm, store compact) or give another store=DIR",
+    errno.EDQUOT: "free space within the quota there or give another store=DIR",
+    errno.EFBIG: "raise the limit on file size (ulimit -f) or give another store=DIR",
+    errno.EROFS: "mount it for writing or give another store=DIR",
+    errno.EACCES: "get permission to write there or give another store=DIR",
+    errno.EPERM: "get permission to write there or give another store=DIR",
 }
 
 
@@ -54,7 +54,7 @@ class BusyError(Exception):
 
 
 class Layout:
-    """The paths of the store at `root`. `create` and `existing` make it."""
+    """The paths of the store at `root`. `create` and `existing` check the store and return this."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -63,6 +63,7 @@ class Layout:
         self.leases = root / "leases"
 
     def key_path(self, key_hash: str) -> Path:
+        """The path of the key block with this hash."""
         return self.keys / f"{key_hash}{BLOCK_SUFFIX}"
 
     @contextmanager
@@ -76,7 +77,7 @@ class Layout:
         try:
             file = os.fdopen(open_own(self.root / name, os.O_WRONLY | os.O_APPEND), "a")
         except OSError as error:
-            raise RunError(explain(self.root, name, error)) from error
+            raise unwritable(self.root, name, error) from error
         with file:
             try:
                 fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
@@ -85,7 +86,7 @@ class Layout:
             except OSError as error:
                 raise RunError(
                     f"the file system of the prediction store {self.root} has no file locks "
-                    f"({error.strerror}); give store=DIR on a file system that has them"
+                    f"({error.strerror}); give another store=DIR, on a file system that has them"
                 ) from error
             try:
                 yield
@@ -108,9 +109,9 @@ def reject_foreign(root: Path) -> None:
     try:
         found = set(os.listdir(root)) if root.is_dir() else set()
     except OSError as error:
-        raise RunError(f"store={root} cannot be read ({error}); give another folder") from error
-    # another run may check at this moment, with a hidden file, whether all its machines share the
-    # folder
+        raise RunError(f"store={root} cannot be read ({error}); give another store=DIR") from error
+    # a run that checks whether all its nodes share the folder writes a hidden file there
+    # (runtime/distributed.py)
     foreign = sorted(name for name in found - OWN_NAMES if not name.startswith("."))
     if foreign and not (root / "format.json").exists():
         raise UserError(
@@ -136,15 +137,15 @@ def create(root: Path) -> Layout:
         probe.write_text("writable")
         probe.unlink()
     except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0, "name another store=DIR")
+        remedy = REMEDIES.get(error.errno or 0, "give another store=DIR")
         raise rejection(
             f"store={root} is not writable ({error.strerror}); {remedy}", error
         ) from error
     if (root / "format.json").exists():
-        _check_format(layout)
+        _read_format(layout)
     with layout.lock("store.lock", exclusive=False):
-        pass
-    raise_format(layout)
+        pass  # raises where the file system has no locks
+    update_format(layout)
     return layout
 
 
@@ -157,14 +158,14 @@ def existing(root: Path) -> Layout:
     if not (root / "format.json").exists():
         raise UserError(
             f"store={root} has no format.json, so it is not a prediction store; give the folder "
-            "that a run has in its key store"
+            "that the key `store` of a run names"
         )
     layout = Layout(root)
-    _check_format(layout)
+    _read_format(layout)
     return layout
 
 
-def raise_format(layout: Layout) -> None:
+def update_format(layout: Layout) -> None:
     """Give a new store, or one of the older format, the number of the newest format.
 
     Only the number differs: the blocks are the same in both. One rename changes it. So a kill
@@ -172,15 +173,15 @@ def raise_format(layout: Layout) -> None:
     RunError.
     """
     path = layout.root / "format.json"
-    if path.exists() and _check_format(layout) == FORMAT:
+    if path.exists() and _read_format(layout) == FORMAT:
         return
     with layout.lock("store.lock", exclusive=True):
         # checked again under the lock: a later version may have raised it further
-        if not path.exists() or _check_format(layout) < FORMAT:
+        if not path.exists() or _read_format(layout) < FORMAT:
             write_aside(layout, path, [json.dumps({"format": FORMAT}).encode()])
 
 
-def _check_format(layout: Layout) -> int:
+def _read_format(layout: Layout) -> int:
     """The store's format. Raises UserError for one that this version does not read."""
     path = layout.root / "format.json"
     try:
@@ -188,13 +189,13 @@ def _check_format(layout: Layout) -> int:
     except Exception as error:
         raise rejection(
             f"{path} cannot be read ({reason(error)}); it should hold "
-            f'{{"format": N}}: fix it or name another store=DIR',
+            f'{{"format": N}}: fix it or give another store=DIR',
             error,
         ) from error
     if found not in (OLDER_FORMAT, FORMAT):
         raise UserError(
             f"the prediction store {layout.root} has format {found}, this version reads formats "
-            f"{OLDER_FORMAT} and {FORMAT}; name another store=DIR, or use the version of sead_dist "
+            f"{OLDER_FORMAT} and {FORMAT}; give another store=DIR, or use the version of sead_dist "
             "that wrote it"
         )
     return int(found)
@@ -205,22 +206,25 @@ def unique_name(stem: str) -> str:
     return f"{stem}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:12]}"
 
 
-def explain(root: Path, name: str, error: OSError) -> str:
-    """The message for a store that cannot be written, with the cause and the fix."""
-    remedy = REMEDIES.get(error.errno or 0, "check that folder or name another store=DIR")
-    return f"the prediction store {root} cannot be written ({name}: {error.strerror}); {remedy}"
+def unwritable(root: Path, name: str, error: OSError) -> RunError:
+    """The error for a store that cannot be written. name: the file or folder inside it."""
+    remedy = REMEDIES.get(error.errno or 0, "check that folder or give another store=DIR")
+    return RunError(
+        f"the prediction store {root} cannot be written ({name}: {error.strerror}); {remedy}"
+    )
 
 
 def unreadable(path: Path, error: OSError) -> RunError:
     """The error for a file in the store that cannot be read."""
     return RunError(
-        f"{path} in the prediction store cannot be read ({error.strerror}); correct that, or name "
+        f"{path} in the prediction store cannot be read ({error.strerror}); correct that, or give "
         "another store=DIR"
     )
 
 
 def write_aside(layout: Layout, path: Path, chunks: Iterable[Any]) -> None:
-    """Write the buffers `chunks` to `path`, whole or not at all. Raises RunError."""
+    """Write the buffers `chunks` one after the other to `path`, whole or not at all. Raises
+    RunError."""
     with aside(layout, path.name) as (file, keep):
         for chunk in chunks:
             file.write(chunk)
@@ -229,7 +233,8 @@ def write_aside(layout: Layout, path: Path, chunks: Iterable[Any]) -> None:
 
 @contextmanager
 def aside(layout: Layout, name: str) -> Iterator[tuple[BinaryIO, Callable[[Path], None]]]:
-    """(a new file in tmp/ to write to, a function that flushes it to disk and moves it to a path).
+    """Yield (a new file in tmp/ to write to, a function of a path, which flushes the file to disk
+    and moves it there).
 
     If that function is not called, the file is removed. Raises RunError (disk full, read-only, no
     permission). This differs from `written_aside` (runtime/files.py): a block's path follows from
@@ -252,7 +257,7 @@ def aside(layout: Layout, name: str) -> Iterator[tuple[BinaryIO, Callable[[Path]
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
     except OSError as error:
-        raise RunError(explain(layout.root, name, error)) from error
+        raise unwritable(layout.root, name, error) from error
 
 
 def make_folder(layout: Layout, folder: Path) -> None:
@@ -261,7 +266,7 @@ def make_folder(layout: Layout, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         sync(folder.parent)
     except OSError as error:
-        raise RunError(explain(layout.root, folder.name, error)) from error
+        raise unwritable(layout.root, folder.name, error) from error
 
 
 def set_aside(layout: Layout, path: Path) -> Path | None:
@@ -275,7 +280,8 @@ def set_aside(layout: Layout, path: Path) -> Path | None:
 
 
 def old_temporaries(layout: Layout) -> list[Path]:
-    """Files in tmp/ whose writers are dead, by the clock of the file system that they are on."""
+    """Files in tmp/ whose writers are dead: they have not grown for DEAD_WRITER_S, by the clock of
+    their file system."""
     probe = layout.tmp / unique_name("clock")
     found: list[Path] = []
     with suppress(OSError):
@@ -299,6 +305,7 @@ class LiveRun:
     teachers: tuple[str, ...]
 
     def holds(self, teacher: str) -> bool:
+        """Whether the run uses this folder under values/."""
         return any(fnmatchcase(teacher, pattern) for pattern in self.teachers)
 
 
@@ -306,29 +313,29 @@ class LiveRun:
 def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
     """Mark the teacher folders as used by `run` while inside, at most until this process ends.
 
-    The file is locked before it gets its name. So no process finds it unlocked while this one
-    lives. It stays open and locked, unlike a file that `aside` writes. Raises RunError where it
-    cannot be written.
+    teachers: patterns of folder names under values/. The file is locked before it gets its name.
+    So no process finds it unlocked while this one lives. It stays open and locked, unlike a file
+    that `aside` writes. Raises RunError where it cannot be written.
     """
     name = unique_name("run") + ".json"
     about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}
     text = json.dumps({**about, "teachers": sorted(set(teachers)), "since": time.time()})
-    aside, path = layout.tmp / name, layout.live / name
+    first_path, path = layout.tmp / name, layout.live / name
     try:
-        file = open(aside, "x")  # noqa: SIM115 (open while held)
+        file = open(first_path, "x")  # noqa: SIM115 (open while held)
         file.write(text)
         file.flush()
     except OSError as error:
-        raise RunError(explain(layout.root, name, error)) from error
+        raise unwritable(layout.root, name, error) from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             # A removal that has begun ends first. A later one finds this file.
             with layout.lock("store.lock", exclusive=False):
-                os.replace(aside, path)
+                os.replace(first_path, path)
             yield
         finally:
-            for left in (aside, path):
+            for left in (first_path, path):
                 with suppress(OSError):
                     left.unlink()
             fcntl.flock(file, fcntl.LOCK_UN)

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from sead_dist.errors import RunError, UserError
+from sead_dist.errors import UserError
 from sead_dist.runtime.redact import redact
 from sead_dist.store.blocks import (
     Check,
@@ -34,11 +34,11 @@ from sead_dist.store.layout import (
     LiveRun,
     create,
     existing,
-    explain,
     live_runs,
     old_temporaries,
     set_aside,
     unreadable,
+    unwritable,
 )
 from sead_dist.store.tensor_file import BadBlockError
 
@@ -94,7 +94,7 @@ def maintenance_lock(layout: Layout) -> Iterator[None]:
             "try again when it has ended"
         ) from None
     except OSError as error:
-        raise RunError(explain(layout.root, error.filename or "maintenance", error)) from error
+        raise unwritable(layout.root, error.filename or "maintenance", error) from error
 
 
 def scan(layout: Layout, check: Check) -> Iterator[tuple[Path, ValueBlock | BadBlockError]]:

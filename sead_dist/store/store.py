@@ -367,7 +367,7 @@ class Table:
             raise RunError(
                 f"teacher {self.key.name}: the store {self._store.layout.root} holds {classes} "
                 f"logits an example, this run needs {self.key.classes}; check the teacher's "
-                "config.json or name another store=DIR"
+                "config.json or give another store=DIR"
             )
 
 

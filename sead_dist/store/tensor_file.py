@@ -27,6 +27,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+# no block has a header of more bytes
 HEADER_LIMIT = 1 << 24
 # Larger files are mapped and smaller ones are read. So few mappings stay open, and data that was
 # read no longer depends on its file.
@@ -42,7 +43,8 @@ class BadBlockError(Exception):
 def digest(*parts: str | npt.NDArray[Any]) -> str:
     """A hash (xxh3, 128 bits, in hex) of strings and arrays. Each part is hashed with its length.
 
-    It guards against accidents, not against an attacker with write access. It is as fast as memory.
+    It shows accidents, not changes by an attacker with write access. It takes about as long as
+    reading the bytes.
     """
     hasher = xxhash.xxh3_128()
     for part in parts:
@@ -57,7 +59,8 @@ def digest(*parts: str | npt.NDArray[Any]) -> str:
 
 
 def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """An array's bytes in order. They are copied only if they are not contiguous."""
+    """An array's bytes in the order of its elements. They are copied only where the array is not
+    contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
@@ -74,19 +77,20 @@ def write_tensors(
 def mapped_tensors(
     layout: Layout, name: str, shapes: Shapes, metadata: dict[str, str]
 ) -> Iterator[tuple[dict[str, npt.NDArray[Any]], Callable[[Path, dict[str, str]], None]]]:
-    """(tensors of a mapped safetensors file, to be filled in place; a function that gives the file
-    its path and its final metadata, which must be as long as `metadata`).
+    """Yield (the tensors of a mapped safetensors file, to be filled in place; a function of a path
+    and the final metadata, which moves the file there).
 
-    If that function is not called, the file is removed. Only the page cache holds it in memory.
+    name: a part of the file's name until then. metadata: must be as long as the final one. If the
+    function is not called, the file is removed. Only the page cache holds the file in memory.
     Raises RunError.
     """
     header = header_of(shapes, metadata)
     size = len(header) + sum(_num_bytes(*shape) for shape in shapes.values())
     with aside(layout, name) as (file, keep):
-        # The space is taken first: a full disk under a mapping would kill the process.
+        # The space is taken first, since a full disk under a mapping would kill the process.
         os.posix_fallocate(file.fileno(), 0, size)
         mapped = np.memmap(file, np.uint8, "r+")
-        raw = np.asarray(mapped)
+        raw = np.asarray(mapped)  # so that its parts are plain arrays
         tensors: dict[str, npt.NDArray[Any]] = {}
         offset = len(header)
         for tensor, (dtype, shape) in shapes.items():
@@ -109,8 +113,8 @@ def _num_bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
 
 
 def header_of(shapes: Shapes, metadata: dict[str, str], at_least: int = 0) -> bytes:
-    """The bytes before the tensors, filled up to `at_least` bytes. The tensors follow in the order
-    of `shapes`, without gaps."""
+    """The bytes before the tensors, filled up with blanks to a multiple of 8 and to `at_least`
+    bytes. The tensors follow in the order of `shapes`, without gaps."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape) in shapes.items():
@@ -119,8 +123,8 @@ def header_of(shapes: Shapes, metadata: dict[str, str], at_least: int = 0) -> by
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    text = text.ljust(max(at_least - 8, len(text) + -len(text) % 8))
-    return len(text).to_bytes(8, "little") + text
+    length = max(math.ceil(len(text) / 8) * 8, at_least - 8)
+    return length.to_bytes(8, "little") + text.ljust(length)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
@@ -150,7 +154,7 @@ def read_tensors(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             begin, end = entry["data_offsets"]
-            if begin != offset or end - begin != math.prod(shape) * dtype.itemsize:
+            if begin != offset or end - begin != _num_bytes(dtype, shape):
                 raise BadBlockError(f"tensor {name!r} does not fit its place")
             tensors[name] = raw[start + begin : start + end].view(dtype).reshape(shape)
             offset = end

@@ -26,9 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from sead_dist.data.order import BatchStream, Split
-from sead_dist.errors import RunError
 from sead_dist.runtime.run_log import tell
-from sead_dist.store.layout import Layout, explain, unique_name
+from sead_dist.store.layout import Layout, unique_name, unwritable
 from sead_dist.store.store import TeacherKey
 from sead_dist.store.tensor_file import digest
 from sead_dist.teachers.base import Request
@@ -185,7 +184,7 @@ class Leases:
         except FileExistsError:
             return None
         except OSError as error:
-            raise RunError(explain(self.layout.root, f"leases/{path.name}", error)) from error
+            raise unwritable(self.layout.root, f"leases/{path.name}", error) from error
         try:
             os.write(file, text.encode())
             os.fsync(file)
@@ -193,7 +192,7 @@ class Leases:
             os.close(file)
             with suppress(OSError):
                 os.unlink(path)
-            raise RunError(explain(self.layout.root, f"leases/{path.name}", error)) from error
+            raise unwritable(self.layout.root, f"leases/{path.name}", error) from error
         return Lease(path, file, self.beat_s, taken_from)
 
     def _is_broken(self, name: str, path: Path) -> bool:
@@ -215,7 +214,7 @@ class Leases:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RunError(explain(self.layout.root, f"leases/{name}", error)) from error
+            raise unwritable(self.layout.root, f"leases/{name}", error) from error
         broken = _text(aside) == self._seen.pop(name).text
         if not broken:  # a third process was quicker, and has its own lease here
             with suppress(OSError):  # a fourth process has one here, or hard links fail

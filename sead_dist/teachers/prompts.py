@@ -20,6 +20,8 @@ from sead_dist.models.sequence_classifier import align_classes
 
 # comes between the rows that are shown, and before the row that is to be predicted
 BETWEEN = "\n\n"
+# the fix for a prompt that is too long
+SHORTEN = "shorten the prompt, or show fewer rows (shots)"
 # texts to try prompts with before there are rows
 TRIAL = ("a plain text", "another text")
 
@@ -272,15 +274,18 @@ class Reader:
         # the number of tokens of a prompt without texts and of the longest word
         self.fixed = len(self.ids(render(Texts("", "")))) + longest
         self.limit, self.longest = self.fixed, longest
+        # what a person can do where the limit is too low
+        self.fix = SHORTEN
 
     def set_limit(self, limit: int, key: str) -> None:
-        """Set the limit. Raises UserError where it leaves no token for a text. key: its name for
-        messages."""
+        """Set the limit. Raises UserError where it leaves no token for a text. key: what sets the
+        limit, for messages; only `max_length` can be raised."""
+        if key == "max_length":
+            self.fix = f"{SHORTEN}, or raise max_length"
         if limit <= self.fixed:
-            more = ", or raise max_length" if key == "max_length" else ""
             raise UserError(
                 f"teacher {self.name}: its prompt without a text takes {self.fixed} tokens, and "
-                f"{key} is {limit}; shorten the prompt, or show fewer rows (shots){more}"
+                f"{key} is {limit}; {self.fix}"
             )
         self.limit = limit
 
@@ -324,7 +329,7 @@ class Reader:
             if counts[place] == 0:
                 raise RunError(
                     f"teacher {self.name}: its prompt without a text takes over {self.limit} "
-                    "tokens; shorten the prompt, or raise max_length"
+                    f"tokens; {self.fix}"
                 )
             less = min(over, max(counts[place] - counts[1 - place], -(-over // 2)))
             kept = max(counts[place] - less, 0)

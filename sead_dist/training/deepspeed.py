@@ -24,8 +24,11 @@ from sead_dist.training.deepspeed_config import ZeroConfig
 
 
 class ZeroStudent:
-    """A student under DeepSpeed. All ranks call each method together. engine: DeepSpeed's
-    wrapper."""
+    """A student under DeepSpeed. All ranks call each method together.
+
+    params: the parameters in the order of the optimiser's groups; their number is the place in this
+    list. engine: DeepSpeed's wrapper.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, zero: ZeroConfig, world: World
@@ -36,7 +39,7 @@ class ZeroStudent:
         self.group_sizes = [len(group["params"]) for group in optimizer.param_groups]
         self.own_group = not dist.is_initialized()
         if self.own_group:
-            # DeepSpeed needs these with one rank too
+            # DeepSpeed needs a process group and LOCAL_RANK with one rank too
             backend = "nccl" if world.device.type == "cuda" else "gloo"
             store = torch._C._distributed_c10d.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -45,7 +48,8 @@ class ZeroStudent:
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Wrap a micro-batch. Ranks exchange gradients in the last one of a step.
+        """Wrap a micro-batch. last: whether it is the last one of its step, in which ranks exchange
+        gradients.
 
         DeepSpeed averages over ranks, as DDP does. It must not average over micro-batches.
         """
@@ -75,7 +79,7 @@ class ZeroStudent:
         return state
 
     def load_weights(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what `weights` gave. Every rank gives the same."""
+        """Load what `weights` returned. state: the same on every rank."""
         for name, parameter in self.module.named_parameters():
             with self._whole(parameter, modifier_rank=0):
                 parameter.data.copy_(state[name])
@@ -112,16 +116,18 @@ class ZeroStudent:
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state(self, saved: dict[str, Any]) -> None:
-        """Load what `optimizer_state` or an optimiser's own state_dict gave."""
+        """Load what `optimizer_state` or an optimiser's own state_dict returned. saved: the same on
+        every rank."""
         for group, kept in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
             group.update({key: value for key, value in kept.items() if key != "params"})
         if not saved["state"]:
             return
-        of_flat = {id(self._flat_of(number)): number for number in range(len(self.params))}
+        # a flat tensor gets the counts of one of its parameters; its moments are set below
+        some_number = {id(self._flat_of(number)): number for number in range(len(self.params))}
         for flat in self._flat_parameters():
             self.optimizer.state[flat] = {
                 key: torch.zeros_like(flat) if is_moment(value) else value.to(flat.device).clone()
-                for key, value in saved["state"][of_flat.get(id(flat), 0)].items()
+                for key, value in saved["state"][some_number.get(id(flat), 0)].items()
             }
         self._link_moments()
         for number, parameter in enumerate(self.params):
@@ -160,8 +166,8 @@ class ZeroStudent:
     def _flat_of(self, number: int) -> torch.Tensor:
         """The flat tensor whose state counts the steps of a parameter.
 
-        Stages 1 and 2 have one for each group. In stage 3 no parameter ever rests, so all have one
-        count.
+        Stages 1 and 2 have one for each group. In stage 3 all parameters are trained at every step
+        (a feature loss, with which some are at rest, is rejected there). So they have one count.
         """
         flats = self._flat_parameters()
         if self.stage == 3:
@@ -172,8 +178,8 @@ class ZeroStudent:
     def _link_moments(self) -> None:
         """Make DeepSpeed find a parameter's part of the flat moments.
 
-        In stages 1 and 2 DeepSpeed does so once the first group was stepped, and misses the other
-        groups.
+        In stages 1 and 2 DeepSpeed does so itself after its first step, but for the first group
+        alone.
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 

@@ -40,6 +40,20 @@ def test_a_key_that_stands_twice_is_refused_in_every_file_with_its_line(tmp_path
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: 2\n", "line 2 is not valid YAML: .*; correct this line or the one before it$"),
+        ("a: [1", "line 1 is not valid YAML: .*; correct it$"),
+        ("a: 1\nb: 99999999999999999999\n", "line 2 .*: the number is too large; correct it$"),
+        ("a: \x07", "here is not valid YAML: special characters are not allowed; correct it$"),
+    ],
+)
+def test_a_line_that_is_no_yaml_is_named_with_a_fix(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_yaml(text, "here")
+
+
 def test_keys_that_are_one_number_are_one_key_and_unlike_ones_are_not():
     for text in ('{0: a, "0": b}', "{7: a, +7: b}"):
         with pytest.raises(UserError, match="stands twice"):

@@ -259,7 +259,7 @@ def test_own_regression_and_choice_tasks(tmp_path):
         (STARS + "sentences: [text]\n", "sentences names .'text'."),
         (STARS + "splits: {train: [train]}\n", "needs train and a split to evaluate"),
         ('name: x\ntext_a: "{t}"\nscore_range: [5, 0]\n', "give .lowest, highest."),
-        (STARS + "score_range: [0, 5]\n", "and no labels"),
+        (STARS + "score_range: [0, 5]\n", "has score_range instead; leave labels out"),
         (STARS + "kind: classification\nscore_range: [0, 5]\n", "is for kind 'regression'"),
         (STARS.replace("stars", "a/b"), "name is 'a/b'"),
         ("- a\n", "expected keys and values"),

@@ -127,13 +127,13 @@ def test_a_rank_that_never_comes_is_named(tmp_path, monkeypatch):
     from sead_dist.errors import RunError
     from sead_dist.runtime import distributed
 
-    monkeypatch.setattr(distributed, "SHORTEST_MEETING_S", 1.0)
+    monkeypatch.setattr(distributed, "LEAST_START_WAIT_S", 1.0)
     for name, value in {
         "RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
     }.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
-    limits = distributed.Usual(timeout_s=0.1)
+    limits = distributed.DefaultLimits(timeout_s=0.1)
     with pytest.raises(RunError, match="rank 1 has not started within 1 s"):
         distributed.join_world(limits)
     monkeypatch.setenv("RANK", "1")

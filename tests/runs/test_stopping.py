@@ -197,7 +197,7 @@ def test_a_rank_that_hangs_ends_the_run_by_name(tmp_path, tiny_task):
     assert [rank.exitcode for rank in ranks] == [3, 3]
     (line,) = [line for line in log(tmp_path).splitlines() if line.startswith("rank ")]
     assert line.startswith("rank 1 (process")
-    assert "hangs: no rank has moved for 3 s" in line
+    assert "hangs: no rank has made progress for 3 s" in line
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_every_figure_is_agreement_with_the_ensemble(done):
     card = (done / "model" / "README.md").read_text()
     assert "agreement with the teachers, because there are no gold labels" in card
     assert "No teacher was validated or calibrated" in card
-    assert "its figures are agreement with the teachers" in card
+    assert "scores there measure agreement with the teachers" in card
     for page in (card, log_of(done), (done / "scores.json").read_text()):
         assert "accuracy" not in page
     assert "model-index" not in card

@@ -13,7 +13,7 @@ from sead_dist.runtime.distributed import check_shared
 def look(world, folders, names, apart, patience_s=0.3):
     import sead_dist.runtime.distributed
 
-    sead_dist.runtime.distributed.PATIENCE_S = patience_s
+    sead_dist.runtime.distributed.SHOWN_LATE_S = patience_s
     os.environ["SLURMD_NODENAME"] = names[world.rank]
     here = Path(folders["own"]) / (str(world.rank) if apart else "both")
     here.mkdir(parents=True, exist_ok=True)

@@ -294,7 +294,7 @@ def test_logits_that_are_not_finite_are_not_stored(tmp_path):
 def test_a_store_of_another_format_is_refused_and_left_as_it_is(tmp_path):
     StoreFolder(tmp_path)
     (tmp_path / "format.json").write_text(json.dumps({"format": 3}))
-    with pytest.raises(UserError, match=r"has format 3, this version reads formats 1 and 2; name"):
+    with pytest.raises(UserError, match=r"has format 3, this version reads formats 1 and 2; give"):
         StoreFolder(tmp_path)
     (tmp_path / "format.json").write_text("{")
     with pytest.raises(UserError, match=r"format\.json cannot be read"):

@@ -319,6 +319,18 @@ def test_bad_entries_are_refused_in_one_line(llama, parts, whole, message):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "fix"),
+    [("", r"\(shots\), or raise max_length$"), (", max_length: 5000", r"\(shots\)$")],
+)
+def test_a_prompt_that_cannot_be_cut_names_max_length_only_where_it_can_be_raised(llama, more, fix):
+    (teacher,) = opened(entry(llama, more=more))
+    reader = teacher.answers.reader
+    reader.limit = 1
+    with pytest.raises(RunError, match=f"takes over 1 tokens; shorten the prompt, .*{fix}"):
+        reader.cut(Texts("good", ""))
+
+
 def test_a_brace_alone_is_told_in_one_line():
     with pytest.raises(UserError, match=r"teacher x: its prompt '\{text_a\}\}' has a single brace"):
         read_template("{text_a}}", TASK, "x")

@@ -34,7 +34,7 @@ def test_a_report_that_cannot_be_written_ends_the_run_before_its_first_step(
     with pytest.raises(UserError, match="tried on 2 rows before training, cannot be written: Val"):
         run(words(data, [teacher], tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoints").exists()
-    assert not list((tmp_path / "run").glob(".rehearsal-*"))
+    assert not list((tmp_path / "run").glob(".trial-*"))
     monkeypatch.undo()
     run(words(data, [teacher], tmp_path / "run"))  # the folder is as new
 
