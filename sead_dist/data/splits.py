@@ -270,8 +270,8 @@ def load_examples(config: RunConfig, task: TaskSpec) -> RunExamples:
         alone = "" if with_gold else "; the student learns from the teachers' predictions alone"
         tell(
             f"WARNING: no gold labels in {', '.join(lacking)} (column {task.label_column!r} is "
-            f"missing or empty): scores there measure agreement with the teachers{alone}; if another "
-            f"column holds the labels, rename it to {task.label_column!r}"
+            f"missing or empty): scores there measure agreement with the teachers{alone}; if "
+            f"another column holds the labels, rename it to {task.label_column!r}"
         )
     removed = {"rows of text that share a sentence with selection or held-out rows": text.removed}
     return RunExamples(

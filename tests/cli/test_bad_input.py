@@ -186,7 +186,7 @@ def test_a_wrong_yaml_file(words, distil, refused, tmp_path):
     for text, message in (
         (
             "epochs: 3\nalpha: [1, 2\nseed: 4\n",
-            r"mine.yaml, line 3 is not valid YAML: .*; correct this line or the one above it$",
+            r"mine.yaml, line 3 is not valid YAML: .*; correct this line or the one before it$",
         ),
         ("- epochs\n", r"mine.yaml' holds no keys; expected a YAML mapping"),
         ("epoch: 3\n", r"unknown key 'epoch'; did you mean 'num_train_epochs'"),
