@@ -121,7 +121,7 @@ class Run:
 
     def _ended(self) -> Path:
         if not self.finished:
-            raise UserError(f"{self.path} holds no finished run; repeat the call that started it")
+            raise UserError(f"{self.path} holds no finished run; give one, or repeat its call")
         return self.path
 
 

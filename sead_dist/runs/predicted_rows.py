@@ -63,7 +63,7 @@ class Settings:
         Raises UserError where there are no rows. For a row that cannot be read, it names the row.
         """
         if not rows:
-            raise UserError(f"{name} has no rows; give a file that has some")
+            raise UserError(f"{name} has no rows; give at least one")
         skipped = self.skipped if self.skip_malformed else None
         try:
             return build_examples(task, rows, name, labelled=False, skipped=skipped)

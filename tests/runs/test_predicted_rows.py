@@ -59,7 +59,7 @@ def test_a_file_without_one_good_row_is_refused_though_rows_are_skipped(finished
 
 
 def test_a_file_without_rows_is_no_split(finished):
-    with pytest.raises(UserError, match=r"^e.csv has no rows; give a file that has some$"):
+    with pytest.raises(UserError, match=r"^e.csv has no rows; give at least one$"):
         Settings().examples(task_of(str(finished), None), [], "e.csv")
 
 
