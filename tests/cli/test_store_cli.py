@@ -136,7 +136,7 @@ def test_rm_refuses_what_it_does_not_understand(options, message, store, said):
 
 def test_a_folder_that_is_no_store_is_refused(said, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not a prediction store; give the folder that a run"):
+    with pytest.raises(UserError, match="is not a prediction store; give the folder that the key"):
         said("ls", "--store", tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         said("verify", "--store", tmp_path / "nowhere")

@@ -252,6 +252,7 @@ def test_another_machine_takes_another_round(tiny_data, tmp_path):
         assert free
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_give_the_same_table(finished, tiny_data, tmp_path, capfd, shown):
     output = tmp_path / "out"
     run_sweep(words(tiny_data, output, "seeds=2", "keep_models=false", "jobs=2"), ALONE)
