@@ -36,7 +36,7 @@ class TaskKind(ABC):
     default_metrics: tuple[str, ...]  # of a task that names none
     problem_type: str | None = None  # Transformers' word for it, where it has one
     limit: str | None = None  # what a user of the model alone has to know, for the card
-    # the names of the metrics that a task can have whose rows this reader reads (`TaskSpec.reader`)
+    # (reader of a task, as `TaskSpec.reader`) -> the names of the metrics that the task can have
     metric_names: Callable[[str], list[str]]
     # metrics of logits_BC, by name; ValueError where a row has no label
     compute: Callable[[Sequence[str], np.ndarray, MetricInputs], dict[str, float]]

@@ -95,6 +95,7 @@ class TaskSpec:
     def __post_init__(self) -> None:
         for key, text in (("text_a", self.text_a), ("text_b", self.text_b or "")):
             expect(key, text, str, 'a template that names columns in braces: "{sentence}"')
+        expect("choices", self.choices, (list, tuple), "a list of templates")
         for text in self.choices:
             expect("one of choices", text, str, 'a template that names columns in braces: "{one}"')
         if problem := _lone_brace(vars(self)):

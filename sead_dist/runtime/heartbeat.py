@@ -305,7 +305,7 @@ class Heartbeat:
     def start(self, wait_s: float) -> None:
         """Begin to send signs, wait until all ranks send them, and begin to watch them.
 
-        Raises RunError, naming the rank, where one does not started within `wait_s`, and where the
+        Raises RunError, naming the rank, where one does not start within `wait_s`, and where the
         store does not answer.
         """
         self.fetched_at = time.monotonic()

@@ -270,7 +270,7 @@ class Engine:
             save_file(tensors, folder / "student.safetensors")
 
     def load_weights(self, folder: Path) -> None:
-        """Load what `save_weights` wrote, on every rank. Raises RunError for other tensors."""
+        """Load what `save_weights` wrote, on every rank. RunError for missing or extra tensors."""
         weights = load_file(folder / "student.safetensors")
         check_whole(self.module, weights.keys(), folder)
         if self.zero is not None:
