@@ -218,7 +218,10 @@ def test_a_mistaken_call_is_refused_in_one_line(task, data, keys, says):
             {"text_a": "{text}", "choices": (1, 2)},
             "one of choices is of type int (1); give a templ",
         ),
-        ({"text_a": "{text}", "choices": 3}, "choices is of type int (3); give a list of templates"),
+        (
+            {"text_a": "{text}", "choices": 3},
+            "choices is of type int (3); give a list of templates",
+        ),
         ({"text_a": "{text"}, "task 'own': text_a has '{text', in which a brace stands alone"),
     ],
 )
