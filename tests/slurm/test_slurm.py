@@ -180,7 +180,7 @@ def test_the_job_folder_is_for_this_user_alone(tmp_path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
 @pytest.mark.parametrize("name", ["run", "run/.slurm"])
 def test_a_folder_of_somebody_else_is_refused(name, tmp_path):
     (tmp_path / "run" / ".slurm").mkdir(parents=True)
