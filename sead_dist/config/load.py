@@ -319,7 +319,8 @@ def resolve(layers: Sequence[Mapping[str, Any]]) -> RunConfig:
     try:
         config = RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise UserError(explain(error, [key.name for key in all_keys(of_entries=True)])) from None
+        known = [key.name for key in all_keys(of_entries=True)]
+        raise UserError(explain(error, known, RunConfig.model_validate, merged)) from None
     student = config.student
     if student.shape is not None and (student.path is not None or student.layers is not None):
         ignored = "student.path" if student.path is not None else "student.layers"

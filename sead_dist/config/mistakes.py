@@ -1,12 +1,13 @@
 """One line, in YAML's words, about a mistake in the keys of a configuration or of a task's file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from sead_dist.config.names import RENAMED, nearest, new_name
-from sead_dist.config.yaml_text import to_yaml
+from sead_dist.config.yaml_text import parse_yaml, to_yaml
 from sead_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,12 +16,23 @@ if TYPE_CHECKING:
     from sead_dist.config.schema import RunConfig
 
 
-def explain(error: ValidationError, known: Sequence[str]) -> str:
-    """The first mistake of a configuration as one line. known: the keys that it can have."""
+# a part of a key's name, or the number of a list's entry
+Place = Sequence[str | int]
+# forms of a list, each with a list of that form
+FORMS = (([0.0, 1.0], "[NUMBER, NUMBER]"), (["A", "B"], "[TEXT, TEXT]"))
+
+
+def explain(
+    error: ValidationError,
+    known: Sequence[str],
+    check: Callable[[Any], object],
+    keys: Mapping[str, Any],
+) -> str:
+    """The first mistake of a configuration as one line. known: the keys that it can have. check:
+    what raised the error for these keys."""
     found = error.errors()
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
-    # pydantic puts the type that it tried, `list[str]`, among the parts of the name
-    key = ".".join(part for part in map(str, first["loc"]) if "[" not in part)
+    key = ".".join(map(str, place_of(first)))
     if first["type"] == "extra_forbidden":
         plain = ".".join(part for part in first["loc"] if isinstance(part, str))
         new = new_name(plain)
@@ -51,7 +63,42 @@ def explain(error: ValidationError, known: Sequence[str]) -> str:
     inside = [name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}.")]
     if inside and first["type"] == "model_type":
         return f"{key}{value}: {_group_of(key, inside, first['input'])}{where}"
-    return f"{key}{value}: {expected_value(first)}{where}"
+    said = expected_value(first, lambda kept: fits(check, keys, place_of(first), kept))
+    return f"{key}{value}: {said}{where}"
+
+
+def place_of(mistake: "ErrorDetails") -> Place:
+    """Where the value stands: names of keys and numbers of entries."""
+    # pydantic puts the type that it tried, `list[str]`, among the parts of the name
+    place = [part for part in mistake["loc"] if "[" not in str(part)]
+    # a tuple lacks a value: its place is the tuple's
+    lacks_value = mistake["type"] == "missing" and isinstance(mistake["input"], list | tuple)
+    return place[:-1] if lacks_value else place
+
+
+def fits(check: Callable[[Any], object], keys: Any, place: Place, value: Any) -> bool:
+    """Whether `check` finds no mistake at this place of the keys where this value stands there."""
+    try:
+        check(with_value(keys, place, value))
+    except ValidationError as error:
+        return all(list(place_of(one))[: len(place)] != list(place) for one in error.errors())
+    except UserError:
+        return False
+    return True
+
+
+def with_value(keys: Any, place: Place, value: Any) -> Any:
+    """A copy of the keys with this value at a place."""
+    if not place or not isinstance(keys, Mapping | list | tuple):
+        return value
+    first, rest = place[0], place[1:]
+    if not isinstance(keys, Mapping):
+        entries = list(keys)
+        entries[int(first)] = with_value(entries[int(first)], rest, value)
+        return entries
+    # pydantic names a key that is a number by its text
+    name = next((key for key in keys if str(key) == str(first)), first)
+    return {**keys, name: with_value(keys.get(name), rest, value)}
 
 
 def _is_in_group(key: str, name: str) -> bool:
@@ -79,22 +126,34 @@ def as_yaml(value: Any) -> str:
     return "null" if value is None else repr(value)
 
 
-def as_list(value: object) -> str:
-    """The end of the message "expected a list": the value written as a list."""
-    if not isinstance(value, str | int | float | Mapping):
-        return ""
-    given = list(value) if isinstance(value, Mapping) else [value]
-    if isinstance(value, str) and "," in value:  # a,b,c is meant as three
-        given = [part.strip() for part in value.split(",")]
-    listed = to_yaml(given, default_flow_style=True, allow_unicode=True, width=10000)
-    return f"; give {listed.strip()}"
+def as_list(value: object, fits: Callable[[Any], bool]) -> str:
+    """The end of the message "expected a list": a list that fits the key, of what was given, or of
+    the form that it has; nothing where none fits."""
+    for meant in _meant_lists(value):
+        if fits(meant):
+            text = to_yaml(meant, default_flow_style=True, allow_unicode=True, width=10000)
+            return f"; give {text.strip()}"
+    return next((f"; give {form}" for example, form in FORMS if fits(example)), "")
 
 
-def expected_value(mistake: "ErrorDetails") -> str:
-    """What is wrong with a value, in YAML's words."""
+def _meant_lists(value: object) -> Iterator[list[Any]]:
+    """The lists that a value may stand for."""
+    if isinstance(value, Mapping):
+        yield from (list(value), list(value.values()))
+    elif isinstance(value, str) and "," in value:  # a,b,c is meant as three
+        texts = [part.strip() for part in value.split(",")]
+        with suppress(UserError):
+            yield [parse_yaml(text, "") for text in texts]
+        yield texts
+    elif isinstance(value, str | int | float):
+        yield from ([value], [as_yaml(value) if isinstance(value, bool) else str(value)])
+
+
+def expected_value(mistake: "ErrorDetails", fits: Callable[[Any], bool]) -> str:
+    """What is wrong with a value, in YAML's words. fits: whether the key takes another value."""
     kind, value = mistake["type"], mistake["input"]
-    if kind in ("list_type", "tuple_type"):
-        return f"expected a list{as_list(value)}"
+    if listed := _expected_list(mistake, fits):
+        return listed
     if kind in ("dict_type", "model_type"):
         return "expected a mapping; give {KEY: VALUE}"
     if kind in ("bool_parsing", "bool_type"):
@@ -106,13 +165,25 @@ def expected_value(mistake: "ErrorDetails") -> str:
     if kind == "string_type":
         if isinstance(value, list | tuple | Mapping):
             return "expected a text"
-        typed = as_yaml(value) if isinstance(value, bool) else str(value)
+        typed = as_yaml(value) if isinstance(value, bool | None) else str(value)
         return f"expected a text; quote it: {typed!r} (YAML reads it as another type)"
+    message = mistake["msg"].removeprefix("Value error, ")
+    return message[0].lower() + message[1:]
+
+
+def _expected_list(mistake: "ErrorDetails", fits: Callable[[Any], bool]) -> str | None:
+    """What is wrong with a list; None where the mistake is not about a list."""
+    kind, value = mistake["type"], mistake["input"]
+    if kind in ("list_type", "tuple_type"):
+        return f"expected a list{as_list(value, fits)}"
     if kind == "too_short":
         least = mistake["ctx"]["min_length"]
         return f"expected more values; give at least {'one' if least == 1 else least}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    return message[0].lower() + message[1:]
+    if kind == "too_long":
+        return f"expected {mistake['ctx']['max_length']} values{as_list(None, fits)}"
+    if kind == "missing" and isinstance(value, list | tuple):
+        return f"expected more values{as_list(None, fits)}"
+    return None
 
 
 def check_repair(config: "RunConfig") -> None:

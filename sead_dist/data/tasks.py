@@ -6,6 +6,7 @@ One row per task; label order is the hub's. Shapes: B examples, C classes.
 
 import re
 import string
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sead_dist.config.mistakes import as_yaml, expected_value
+from sead_dist.config.mistakes import as_yaml, expected_value, fits, place_of
 from sead_dist.config.names import known_names
 from sead_dist.config.sections import one_of
 from sead_dist.config.yaml_text import read_yaml
@@ -96,6 +97,8 @@ class TaskSpec:
         for key, text in (("text_a", self.text_a), ("text_b", self.text_b or "")):
             expect(key, text, str, 'a template that names columns in braces: "{sentence}"')
         expect("choices", self.choices, (list, tuple), "a list of templates")
+        for key, columns in (("fields", self.fields), ("sentences", self.sentences)):
+            expect(key, columns, (list, tuple), "a list of columns")
         for text in self.choices:
             expect("one of choices", text, str, 'a template that names columns in braces: "{one}"')
         if problem := _lone_brace(vars(self)):
@@ -235,11 +238,13 @@ def read_task_file(path: Path) -> TaskSpec:
 def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
     """The task that these keys describe; UserError begins with `where` and names key and fix."""
     known = [f.name for f in fields(TaskSpec)]
-    for key in raw:
+    for key, value in raw.items():
         if key not in known:
             longer = [one for one in known if one.startswith(f"{key}_")]  # label: label_column
             hint = known_names(longer[0] if longer else str(key), known)
             raise UserError(f"{where}: unknown key {key!r}{hint}")
+        if isinstance(value, set | frozenset):
+            raise UserError(f"{where}: {key} is {value}, which has no order; give a list")
     if problem := _lone_brace(raw):
         raise UserError(f"{where}: {problem}")
     raw = _defaults(raw)
@@ -247,15 +252,33 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
         if f.default is MISSING and f.default_factory is MISSING and f.name not in raw:
             raise UserError(f"{where}: key {f.name!r} is missing; add it")
     try:
-        task = TypeAdapter(TaskSpec).validate_python(raw)
+        task = _validated(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        what = f"{key} is {as_yaml(first['input'])}: " if key else ""
-        raise UserError(f"{where}: {what}{expected_value(first)}") from error
+        raise UserError(f"{where}: {_mistake(error, raw)}") from error
     if problem := find_problem(task):
         raise UserError(f"{where}: {problem}")
     return task
+
+
+def _validated(raw: dict[str, Any]) -> TaskSpec:
+    return TypeAdapter(TaskSpec).validate_python(raw)
+
+
+def _mistake(error: ValidationError, raw: dict[str, Any]) -> str:
+    """The first value of another type than its key takes, as the end of an error message."""
+    first = error.errors()[0]
+    place = place_of(first)
+    key = ".".join(map(str, place))
+    what = f"{key} is {as_yaml(first['input'])}: " if key else ""
+
+    def check(keys: dict[str, Any]) -> None:
+        for problem in _problems(_validated(keys)):
+            if re.search(rf"\b{place[0]}\b", problem):
+                raise UserError(problem)
+
+    said = expected_value(first, lambda value: fits(check, raw, place, value))
+    see = f"; see `sead-dist keys {key}`" if said == "expected a list" else ""
+    return f"{what}{said}{see}"
 
 
 def _defaults(raw: dict[str, Any]) -> dict[str, Any]:
@@ -282,13 +305,15 @@ def names_file(name: str) -> bool:
 
 def find_problem(task: TaskSpec) -> str | None:
     """What in `task` contradicts the rest, as the end of an error message, or None."""
-    return (
-        _unlisted_column(task)
-        or _name_problem(task)
-        or _template_problem(task)
-        or _scoring_problem(task)
-        or task.task_kind.find_problem(task)
-    )
+    return next(_problems(task), None)
+
+
+def _problems(task: TaskSpec) -> Iterator[str]:
+    """What is wrong with each part of `task`, in the order of the checks."""
+    parts = (_unlisted_column, _name_problem, _template_problem, _scoring_problem)
+    for find in (*parts, task.task_kind.find_problem):
+        if problem := find(task):
+            yield problem
 
 
 def _unlisted_column(task: TaskSpec) -> str | None:

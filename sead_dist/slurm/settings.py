@@ -104,7 +104,8 @@ def load_settings(name: str | None, options: Mapping[str, Any]) -> SlurmSettings
     try:
         settings = SlurmSettings.model_validate(merged)
     except ValidationError as error:
-        raise UserError(explain(error, list(SlurmSettings.model_fields))) from None
+        known = list(SlurmSettings.model_fields)
+        raise UserError(explain(error, known, SlurmSettings.model_validate, merged)) from None
     if minutes(settings.time) * 60 < 2 * settings.signal_delay:
         raise UserError(
             f"signal_delay={settings.signal_delay} seconds is more than half of "

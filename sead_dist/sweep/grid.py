@@ -244,7 +244,8 @@ def read_sweep(own: Mapping[str, Any]) -> SweepConfig:
     try:
         return SweepConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError(explain(error, list(SweepConfig.model_fields))) from None
+        known = list(SweepConfig.model_fields)
+        raise UserError(explain(error, known, SweepConfig.model_validate, raw)) from None
 
 
 def check_names(key: str, names: Sequence[str]) -> None:

@@ -184,6 +184,20 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
             "keys augment.operations`",
         ),
         (
+            "augment.operations=masks",
+            "augment.operations='masks': expected a list; see `sead-dist keys augment.operations`",
+        ),
+        (
+            "student.layers=last",
+            "student.layers='last': expected a list; give [NUMBER, NUMBER]; see `sead-dist keys "
+            "student.layers`",
+        ),
+        (
+            "teachers={path: m, abstain: 3}",
+            "teachers.0.abstain=3: expected a list; give ['3']; see `sead-dist keys "
+            "teachers.abstain`",
+        ),
+        (
             "fold=3",
             "fold=3 does not exist: folds is null; give folds=4 or more, or leave fold out",
         ),

@@ -9,11 +9,12 @@ from sead_dist.config.load import load_config
 from sead_dist.data import unlabeled
 from sead_dist.data.examples import build_examples
 from sead_dist.data.splits import load_examples, load_official
-from sead_dist.data.tasks import load_task
+from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
 from sead_dist.models.pretrained import check_vocabulary
 from sead_dist.models.student import build_student
 from sead_dist.runs.distillation import distill
+from sead_dist.runs.given import checked_task
 from sead_dist.runs.prediction import data_of
 from sead_dist.runs.teacher_labels import write_rows
 from sead_dist.runtime.console import counted_rows
@@ -36,6 +37,30 @@ def data(tmp_path):
             "labels is {billing: 0, outage: 1}: expected a list; give [billing, outage]",
         ),
         (
+            "text_a: '{t}'\nlabels: {0: billing, 1: outage}",
+            "labels is {0: 'billing', 1: 'outage'}: expected a list; give [billing, outage]",
+        ),
+        (
+            "text_a: '{t}'\nscore_range: 0, 5",
+            "score_range is '0, 5': expected a list; give [0, 5]",
+        ),
+        (
+            "text_a: '{t}'\nscore_range: [5]",
+            "score_range is [5]: expected more values; give [NUMBER, NUMBER]",
+        ),
+        (
+            "text_a: '{t}'\nscore_range: [0, 1, 5]",
+            "score_range is [0, 1, 5]: expected 2 values; give [NUMBER, NUMBER]",
+        ),
+        (
+            "text_a: '{t}'\nlabels: [a, b]\nmetrics: f2",
+            "metrics is 'f2': expected a list; see `sead-dist keys metrics`",
+        ),
+        (
+            "text_a: '{t}'\nlabels: [null, a]",
+            "labels.0 is null: expected a text; quote it: 'null' (YAML reads it as another type)",
+        ),
+        (
             "text_a: '{t}'\nlabels: [1, 2]",
             "labels.0 is 1: expected a text; quote it: '1' (YAML reads it as another type)",
         ),
@@ -47,6 +72,39 @@ def test_a_task_s_file_is_told_with_what_was_meant(lines, said, tmp_path):
     with pytest.raises(UserError) as caught:
         load_task(str(file))
     assert str(caught.value) == f"task file {file}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"score_range": 3}, "score_range is 3: expected a list; give [NUMBER, NUMBER]"),
+        ({"score_range": True}, "score_range is true: expected a list; give [NUMBER, NUMBER]"),
+        ({"labels": 3}, "labels is 3: expected a list; give [TEXT, TEXT]"),
+        ({"labels": "good"}, "labels is 'good': expected a list; give [TEXT, TEXT]"),
+        ({"labels": {"good"}}, "labels is {'good'}, which has no order; give a list"),
+        ({"labels": ["a", "b"], "hub": "a/b"}, "hub is 'a/b': expected a list; give [TEXT, TEXT]"),
+        ({"labels": ["a", "b"], "columns": "t"}, "columns is 't': expected a list; give [t]"),
+        (
+            {"labels": ["a", "b"], "metrics": "f2"},
+            "metrics is 'f2': expected a list; see `sead-dist keys metrics`",
+        ),
+        (
+            {"labels": ["a", "b"], "splits": {"train": ["t"], "dev": 3}},
+            "splits.dev is 3: expected a list; give ['3']",
+        ),
+    ],
+)
+def test_the_list_that_an_error_names_is_one_that_the_key_takes(keys, said):
+    kind = "regression" if "score_range" in keys else "classification"
+    with pytest.raises(UserError) as caught:
+        checked_task(TaskSpec("mine", kind, "{t}", **{**keys}))
+    assert str(caught.value) == f"task 'mine': {said}"
+
+
+@pytest.mark.parametrize("key", ["choices", "fields", "sentences"])
+def test_a_list_of_a_task_from_python_is_no_text(key):
+    with pytest.raises(UserError, match=rf"^{key} is of type str \('t'\); give a list of"):
+        TaskSpec("mine", "classification", "{t}", labels=("a", "b"), **{key: "t"})
 
 
 @pytest.mark.parametrize("lines", ["text_a: body\ntext_b: '{s}'", "text_a: '{s}'\ntext_b: body"])
