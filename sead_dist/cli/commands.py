@@ -186,18 +186,21 @@ def labels(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     with importing():
-        from sead_dist.runs.prediction import evaluate_model
+        from sead_dist.runs.prediction import evaluate_model, read_class_order
 
-    evaluate_model(args.model, args.task, args.data, args.labels, args.split, args.json)
+    labels = read_class_order(args.labels)
+    evaluate_model(args.model, args.task, args.data, labels, args.split, args.json)
 
 
 def predict(args: argparse.Namespace) -> None:
     with importing():
         from sead_dist.runs.predicted_rows import predict_file
+        from sead_dist.runs.prediction import read_class_order
 
+    labels = read_class_order(args.labels)
     output = None if args.output is None else Path(args.output)
     more = (args.kind, args.batch_size, args.skip_malformed)
-    text = predict_file(args.model, Path(args.file), args.task, output, args.labels, *more)
+    text = predict_file(args.model, Path(args.file), args.task, output, labels, *more)
     if text is not None:
         print(text, end="")
 
@@ -205,8 +208,10 @@ def predict(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     with importing():
         from sead_dist.runs.onnx_export import export_onnx
+        from sead_dist.runs.prediction import read_class_order
 
-    export_onnx(args.model, args.quantize == "int8", args.output, args.task, args.data, args.labels)
+    labels = read_class_order(args.labels)
+    export_onnx(args.model, args.quantize == "int8", args.output, args.task, args.data, labels)
 
 
 def push(args: argparse.Namespace) -> None:

@@ -6,14 +6,17 @@ three seeds each. Every figure is measured in the run. The settings keep the tim
 
 import shutil
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sead_dist.cli.grammar import write_grammar_task
-from sead_dist.config.load import load_config
+from sead_dist.config.load import read_layers, resolve
 from sead_dist.config.schema import RunConfig
 from sead_dist.config.yaml_text import read_yaml, to_yaml
 from sead_dist.errors import UserError
 from sead_dist.runs.distillation import distill, finetune
+from sead_dist.runs.given import as_layer
 from sead_dist.runtime.console import print_table
 from sead_dist.runtime.distributed import World, from_main
 from sead_dist.runtime.files import written_aside
@@ -106,50 +109,49 @@ def take_former_text(output: Path) -> None:
         shutil.copyfile(former, aside)
 
 
-def configure(output: Path, *words: str) -> RunConfig:
+def configure(output: Path, words: Sequence[str], keys: Mapping[str, Any]) -> RunConfig:
+    """The configuration of these words and keys. Paths and seeds are keys, since a path may hold
+    what has a meaning in a word."""
     task = output / "task"
-    return load_config(
-        [
-            f"task={task / 'task.yaml'}",
-            f"data.path={task}",
-            f"student.tokenizer={task / 'tokenizer'}",
-            f"store={output / 'store'}",
-            "max_length=64",
-            "save_steps=0",
-            *words,
-        ]
-    )
+    of_demo = {
+        "task": task / "task.yaml",
+        "data.path": task,
+        "student.tokenizer": task / "tokenizer",
+        "store": output / "store",
+        "max_length": 64,
+        "save_steps": 0,
+    }
+    return resolve([*read_layers(words), as_layer({**of_demo, **keys})])
 
 
 def run_demo(output: Path, seed: int, world: World) -> None:
     """Fine-tune, distil, and print the closing table. A second call continues after a stop."""
     from_main(world, lambda: write_inputs(output, seed))
     shapes = output / "shapes"
-    encoders = [str(shapes / f"teacher-{index}.yaml") for index in range(len(TEACHER_SHAPES))]
+    encoders = [shapes / f"teacher-{index}.yaml" for index in range(len(TEACHER_SHAPES))]
     heading(world, "1 of 3: fine-tune three teachers on the labelled rows")
     teachers = finetune(
         configure(
-            output, f"encoders=[{','.join(encoders)}]", f"output_dir={output / 'teachers'}",
-            f"seed={seed * 100}", *TEACHER_WORDS,
+            output,
+            TEACHER_WORDS,
+            {"encoders": encoders, "output_dir": output / "teachers", "seed": seed * 100},
         ),
-        world, show_table=False,
-    )  # fmt: skip
-    start = f"student.shape={shapes / 'student.yaml'}"
+        world,
+        show_table=False,
+    )
+    start = {"student.shape": shapes / "student.yaml"}
     alone, taught = [], []
     heading(world, "2 of 3: train the student without teachers, three seeds")
     for number in range(SEEDS):
-        where = f"output_dir={output / f'alone-{number}'}"
-        words = (start, where, f"seed={seed * 100 + 50 + number}", *STUDENT_WORDS)
-        alone.append(distill(configure(output, *words), world, show_table=False))
+        own = {"output_dir": output / f"alone-{number}", "seed": seed * 100 + 50 + number}
+        config = configure(output, STUDENT_WORDS, {**start, **own})
+        alone.append(distill(config, world, show_table=False))
     heading(world, "3 of 3: distil the teachers into the same student, three seeds")
-    names = f"teachers=[{','.join(str(run) for run in teachers)}]"
-    text = f"unlabeled.path={output / 'task' / 'unlabeled.tsv'}"
+    soft = {"teachers": teachers, "unlabeled.path": output / "task" / "unlabeled.tsv"}
     for number in range(SEEDS):
-        where = f"output_dir={output / f'distilled-{number}'}"
-        words = (start, where, f"seed={seed * 100 + 50 + number}", *STUDENT_WORDS)
-        taught.append(
-            distill(configure(output, *words, names, text, *SOFT_WORDS), world, show_table=False)
-        )
+        own = {"output_dir": output / f"distilled-{number}", "seed": seed * 100 + 50 + number}
+        config = configure(output, (*STUDENT_WORDS, *SOFT_WORDS), {**start, **soft, **own})
+        taught.append(distill(config, world, show_table=False))
     if world.is_main:
         show(shapes, teachers, alone, taught)
 

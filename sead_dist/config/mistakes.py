@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from sead_dist.config.names import RENAMED, nearest, new_name
-from sead_dist.config.yaml_text import parse_yaml, to_yaml
+from sead_dist.config.yaml_text import parse_yaml, to_flow
 from sead_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def as_list(value: object, fits: Callable[[Any], bool]) -> str:
     the form that it has; nothing where none fits."""
     for meant in _meant_lists(value):
         if fits(meant):
-            text = to_yaml(meant, default_flow_style=True, allow_unicode=True, width=10000)
-            return f"; give {text.strip()}"
+            return f"; give {to_flow(meant)}"
     return next((f"; give {form}" for example, form in FORMS if fits(example)), "")
 
 

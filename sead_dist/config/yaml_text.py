@@ -9,6 +9,7 @@ digits alone; whatever is not a text is YAML.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
@@ -127,9 +128,26 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(*_FLOAT)
 
 
+class _LineDumper(_Dumper):
+    """Texts with line ends stand in one line, in double quotation marks."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if len(data.splitlines()) > 1 or data.endswith("\n") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_LineDumper.add_representer(str, _LineDumper.represent_str)
+
+
 def to_yaml(value: Any, **style: Any) -> str:
     """A value as YAML that `parse_yaml` reads back. style: as for `yaml.dump`."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **style))
+
+
+def to_flow(value: Any) -> str:
+    """A list or mapping as one line of YAML, which a file and an override read back."""
+    style = {"default_flow_style": True, "allow_unicode": True, "width": sys.maxsize}
+    return str(yaml.dump(value, Dumper=_LineDumper, sort_keys=False, **style)).strip()
 
 
 def dump_config(config: RunConfig) -> str:
@@ -211,33 +229,53 @@ def read_mapping(text: str, kind: Any, where: str) -> dict[str, Any]:
     """`{key: value, ...}` as such a mapping. Raises UserError for a key that stands twice."""
     found: dict[str, Any] = {}
     for part in parts(text[1:-1]):
-        split = re.fullmatch(r"""(?s)(?:(["'])(.*?)\1\s*:|(.*?):(?:\s|$))(.*)""", part)
-        key, value = ((split[2] or split[3] or "").strip(), split[4]) if split else (part, "")
+        key, value = _key_and_value(part, where)
         if key in found:
             raise UserError(f"{where}: the key {key!r} stands twice; remove or rename one of them")
-        found[key] = read_inside(value.strip(), inner(kind, key), where) if value.strip() else None
+        found[key] = read_inside(value, inner(kind, key), where) if value else None
     return found
+
+
+def _key_and_value(part: str, where: str) -> tuple[str, str]:
+    """The two sides of the colon in `key: value`; the value is empty where there is none."""
+    part = part.removeprefix("? ")  # YAML writes it before a long or an empty key
+    quoted = part[:1] in ("'", '"')
+    for place, letter in _unquoted(part):
+        if letter == ":" and (quoted or not part[place + 1 : place + 2].strip()):
+            key = part[:place].strip()
+            key = str(parse_yaml(key, where)) if quoted else key
+            return key, part[place + 1 :].strip()
+    return part, ""
 
 
 def parts(text: str) -> Iterator[str]:
     """What commas divide outside of brackets and of quotation marks that begin a value."""
-    depth, mark, part = 0, "", ""
-    for letter in text:
-        if mark:
-            mark = "" if letter == mark else mark
-        elif letter in "\"'" and (not part.strip() or re.search(r":\s*$", part)):
+    depth, begin = 0, 0
+    for place, letter in _unquoted(text):
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth <= 0:
+            yield text[begin:place].strip()
+            begin = place + 1
+    if text[begin:].strip():  # YAML allows a comma at the end
+        yield text[begin:].strip()
+
+
+def _unquoted(text: str) -> Iterator[tuple[int, str]]:
+    """The places and letters outside of quotation marks. Marks stand around a whole value. As in
+    YAML, '...' holds ' as '', and "..." holds " behind a backslash."""
+    mark, before, escaped = "", "", False  # before: the last letter outside that is not a blank
+    for place, letter in enumerate(text):
+        if escaped:
+            escaped = False
+        elif (mark == '"' and letter == "\\") or (mark == "'" and text[place : place + 2] == "''"):
+            escaped = True
+        elif letter == mark:
+            mark, before = "", letter
+        elif not mark and letter in "\"'" and before in ("", "[", "{", ",", ":"):
             mark = letter
-        elif letter in "[{":
-            depth += 1
-        elif letter in "]}":
-            depth -= 1
-        if letter == "," and depth <= 0 and not mark:
-            yield part.strip()
-            part = ""
-        else:
-            part += letter
-    if part.strip():  # YAML allows a comma at the end
-        yield part.strip()
+        elif not mark:
+            before = letter if letter.strip() else before
+            yield place, letter
 
 
 def encloses(text: str, bracket: str, where: str) -> bool:
@@ -248,7 +286,7 @@ def encloses(text: str, bracket: str, where: str) -> bool:
     if not text.startswith(bracket):
         return False
     depth = 0
-    for place, letter in enumerate(text):
+    for place, letter in _unquoted(text):
         depth += (letter == bracket) - (letter == PAIRS[bracket])
         if depth == 0:
             return place == len(text) - 1

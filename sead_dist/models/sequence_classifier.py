@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sead_dist.config.schema import TeacherConfig
+from sead_dist.config.yaml_text import to_flow
 from sead_dist.data.kinds import align_name
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, is_panic, reading, reason, rejection
@@ -84,7 +85,7 @@ def align_classes(
     the configuration gave the labels. Both are by default those of a teacher's entry. Raises
     UserError with `fix`.
     """
-    entry = f"{{path: {model}, labels: [{', '.join(task.labels)}]}}"
+    entry = to_flow({"path": model, "labels": list(task.labels)})
     fix = fix or f"{entry} or labels: task_order"
     if len(names) != width(task):
         raise UserError(
@@ -109,7 +110,7 @@ def align_classes(
         whose = f"{model} names its classes {', '.join(used)}"
         what_to_do = "leave it out if it was trained for another task, else give"
         if labels is not None:
-            whose, what_to_do = given or f"{model}, labels: [{', '.join(used)}]", "give"
+            whose, what_to_do = given or f"{model}, labels: {to_flow(used)}", "give"
         raise UserError(
             f"{whose}: {reason} task {task.name}, whose labels are {', '.join(task.labels)}; "
             f"{what_to_do} the task's label for each of its classes, in its own order: {fix}"

@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from sead_dist.config.load import merge, read_layers, resolve
 from sead_dist.config.schema import RunConfig
+from sead_dist.config.sections import Labels
 from sead_dist.config.yaml_text import parse_yaml, to_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.loading import (
@@ -33,7 +34,7 @@ from sead_dist.data.splits import is_one_file
 from sead_dist.data.tasks import TaskSpec, load_task, task_from
 from sead_dist.errors import UserError, expect
 from sead_dist.runs.claim import KEPT_DATA, has_progress, locked, try_lock
-from sead_dist.runs.prediction import wanted_splits
+from sead_dist.runs.prediction import read_class_order, wanted_splits
 from sead_dist.runtime.files import written_aside
 
 # a folder, a file, a pandas DataFrame, a datasets.Dataset, rows, or a mapping of splits of these
@@ -137,15 +138,15 @@ def checked_task(task: TaskSpec) -> TaskSpec:
     return task_from(dict(vars(task)), f"task {task.name!r}")
 
 
-def class_order(labels: str | Sequence[str] | None) -> str | None:
-    """The order of a model's classes, written as on the command line.
+def class_order(labels: str | Sequence[str] | None) -> Labels:
+    """The order of a model's classes. A text is read as on the command line.
 
     Raises UserError for labels that are neither names nor "task_order".
     """
-    if labels is not None and not isinstance(labels, str):
-        expect("labels", labels, Sequence, 'the names of the classes in order, or "task_order"')
-        return ",".join(map(str, labels))
-    return labels
+    if labels is None or isinstance(labels, str):
+        return read_class_order(labels)
+    expect("labels", labels, Sequence, 'the names of the classes in order, or "task_order"')
+    return [str(label) for label in labels]
 
 
 def as_layer(keys: Mapping[str, Any]) -> dict[str, Any]:

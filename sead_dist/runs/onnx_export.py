@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from sead_dist.config.sections import Labels
 from sead_dist.data.examples import metric_names
 from sead_dist.data.order import Split, make_batch
 from sead_dist.data.tasks import TaskSpec
@@ -100,7 +101,7 @@ def export_onnx(
     output: str | None,
     task_name: str | None,
     data: str | None,
-    labels: str | None,
+    labels: Labels,
 ) -> None:
     """Write `name` (a run directory or model folder) as ONNX into OUTPUT (default: NAME/onnx).
 
@@ -151,9 +152,7 @@ def output_folder(name: str, output: str | None) -> Path:
     return folder
 
 
-def load_original(
-    name: str, task_name: str | None, data: str | None, labels: str | None
-) -> Original:
+def load_original(name: str, task_name: str | None, data: str | None, labels: Labels) -> Original:
     """The model on the CPU in fp32, with its task's official splits."""
     task = task_of(name, task_name)
     source = data_of(name, task_name, data)

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sead_dist.config.sections import Labels
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.formats import read_items
 from sead_dist.data.loading import Rows, read_bytes, read_rows
@@ -46,12 +47,12 @@ TOLD = 20
 class Settings:
     """The settings of a prediction.
 
-    labels: the model's class order, "a,b,c" or "task_order". batch_rows: the rows of one forward.
-    skip_malformed: whether rows that cannot be read are skipped. progress: whether a progress bar
-    is shown on standard error. skipped: a line for each skipped row.
+    labels: the model's class names in its order, or "task_order". batch_rows: the rows of one
+    forward. skip_malformed: whether rows that cannot be read are skipped. progress: whether a
+    progress bar is shown on standard error. skipped: a line for each skipped row.
     """
 
-    labels: str | None = None
+    labels: Labels = None
     batch_rows: int = ROWS_PER_BATCH
     skip_malformed: bool = False
     progress: bool = False
@@ -92,7 +93,7 @@ def predict_file(
     file: Path,
     task_name: str | None,
     output: Path | None,
-    labels: str | None,
+    labels: Labels,
     kind: str | None = None,
     batch_rows: int = ROWS_PER_BATCH,
     skip_malformed: bool = False,

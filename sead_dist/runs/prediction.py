@@ -8,6 +8,7 @@ Shapes: B examples, C classes (task order).
 
 import logging
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sead_dist.config.registered import load_kept
 from sead_dist.config.schema import DataConfig
-from sead_dist.config.yaml_text import read_run_config
+from sead_dist.config.sections import Labels
+from sead_dist.config.yaml_text import encloses, parse_yaml, parts, read_run_config, to_flow
 from sead_dist.data.examples import ExampleSet
 from sead_dist.data.kinds import align_name
 from sead_dist.data.metrics import confusion
@@ -104,11 +106,11 @@ def task_of(name: str, given: str | None) -> TaskSpec:
 
 
 def load_answerer(
-    name: str, task: TaskSpec, labels: str | None, device: torch.device, examples: ExampleSet
+    name: str, task: TaskSpec, labels: Labels, device: torch.device, examples: ExampleSet
 ) -> Answerer:
     """Load the model `name` for `task`.
 
-    labels: the model's class order, "a,b,c" or "task_order". examples: some of the examples to
+    labels: the model's class names in its order, or "task_order". examples: some of the examples to
     predict. A run's model computes in the run's precision, any other model in fp32. Raises
     UserError for a model that cannot be loaded, or whose classes are not the task's.
     """
@@ -145,26 +147,40 @@ def in_task_order(logits: torch.Tensor, choices: int, order_C: list[int]) -> tor
     return logits_BC if choices > 1 else logits_BC[:, order_C]
 
 
-def class_order(
-    name: str, config: PretrainedConfig, task: TaskSpec, labels: str | None
-) -> list[int]:
+def read_class_order(text: str | None) -> Labels:
+    """What `--labels` gives: `a,b,c` or `task_order`. A name with a comma stands in quotation
+    marks, as in YAML."""
+    if text is None or text == "task_order":
+        return text
+    inside = text.strip()
+    inside = inside[1:-1] if encloses(inside, "[", "--labels") else inside
+    return [
+        str(parse_yaml(part, "--labels")) if part[:1] in ("'", '"') else part
+        for part in parts(inside)
+    ]
+
+
+def labels_option(labels: Labels) -> str:
+    """A class order as an option of the command line."""
+    names = [labels] if isinstance(labels, str) else labels or []
+    return f"--labels {shlex.quote(','.join(to_flow([name])[1:-1] for name in names))}"
+
+
+def class_order(name: str, config: PretrainedConfig, task: TaskSpec, labels: Labels) -> list[int]:
     """order_C: for each class of the task, the column of the model's own logits.
 
     Logs a warning where `labels` differ from the order of the model's own class names. Raises
     UserError where neither gives the order.
     """
-    said = (
-        labels if labels in (None, "task_order") else [part.strip() for part in labels.split(",")]
-    )
-    fix = f"--labels {','.join(task.labels)} or --labels task_order"
-    own = label_names(config)
-    order_C = align_classes(task, name, own, said, fix, f"--labels {labels}")
+    fix = f"{labels_option(list(task.labels))} or --labels task_order"
+    own, given = label_names(config), labels_option(labels)
+    order_C = align_classes(task, name, own, labels, fix, given)
     found = [align_name(task, each) for each in own]
     says_it = labels is not None and not is_generic(own) and set(found) == set(order_C)
     if says_it and [found.index(index) for index in range(len(own))] != order_C:
         _log.warning(
-            "--labels %s is used, although %s names its classes %s",
-            labels,
+            "%s is used, although %s names its classes %s",
+            given,
             name,
             ", ".join(own),
         )
@@ -205,7 +221,7 @@ def evaluate_model(
     name: str,
     task_name: str | None,
     data: str | None,
-    labels: str | None,
+    labels: Labels,
     split: str | None,
     json_file: str | None,
 ) -> None:
@@ -261,7 +277,7 @@ def results_of(
     name: str,
     task: TaskSpec,
     sets: Sequence[ExampleSet],
-    labels: str | None,
+    labels: Labels,
     world: World,
 ) -> list[EvalResult]:
     """The result of the model `name` on each of these splits.

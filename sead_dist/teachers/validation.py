@@ -11,6 +11,7 @@ from itertools import permutations
 
 import numpy as np
 
+from sead_dist.config.yaml_text import to_flow
 from sead_dist.data.examples import ExampleSet, subset
 from sead_dist.data.order import Split
 from sead_dist.data.tasks import TaskSpec, compute_metrics, constant_score
@@ -229,9 +230,9 @@ def _suggestion(validation: Validation, teacher: Teacher) -> str:
         own[column] = (validation.better_order or [])[task_class]
     if teacher.file is not None:
         pairs = zip(teacher.labels(), own, strict=True)
-        swapped = ", ".join(f"{name}: {label}" for name, label in pairs if name != label)
-        return f"{{predictions: {teacher.entry.path}, labels: {{{swapped}}}}}"
-    return f"{{path: {teacher.entry.path}, labels: [{', '.join(own)}]}}"
+        swapped = {name: label for name, label in pairs if name != label}
+        return to_flow({"predictions": teacher.entry.path, "labels": swapped})
+    return to_flow({"path": teacher.entry.path, "labels": own})
 
 
 def require_passed(

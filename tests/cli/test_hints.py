@@ -305,13 +305,13 @@ def test_labels_against_a_model_s_own_names_are_told_and_bad_ones_are_named(data
     task = load_task(str(data / "task.yaml"))
     own = PretrainedConfig(id2label=dict(enumerate(task.labels)))
     with pytest.raises(UserError, match=r"^--labels a,b: 'a' is not a label of task grammar"):
-        class_order("m", own, task, "a,b")
-    assert class_order("m", own, task, ",".join(task.labels)) == [0, 1]
+        class_order("m", own, task, ["a", "b"])
+    assert class_order("m", own, task, list(task.labels)) == [0, 1]
     assert caplog.messages == []
-    turned = ",".join(reversed(task.labels))
+    turned = list(reversed(task.labels))
     assert class_order("m", own, task, turned) == [1, 0]
     assert caplog.messages == [
-        f"--labels {turned} is used, although m names its classes {', '.join(task.labels)}"
+        f"--labels {','.join(turned)} is used, although m names its classes {', '.join(task.labels)}"
     ]
 
 

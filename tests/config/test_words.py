@@ -4,7 +4,7 @@ import pytest
 
 from sead_dist.config.load import load_config, read_layers
 from sead_dist.config.schema import SweepConfig
-from sead_dist.config.yaml_text import read_word
+from sead_dist.config.yaml_text import parse_yaml, read_word, to_flow
 from sead_dist.errors import UserError
 
 BASE = ["sst2", "student=s", "output_dir=o"]
@@ -83,6 +83,24 @@ def test_what_yaml_says_of_lists_and_mappings_still_holds():
         ("data.max_train_examples", "null", None),
     ):  # fmt: skip
         assert read_word(key, text) == value, text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a, b", "a]", "[a", "it's", "'a', 'b'", 'say "a, b"', "a: b", "{a}", "a}"),
+        *("\\", '\\", x', "\\'"),
+        *("a\nb", " a ", "", "null", "true", "007", "1e5", "#x", "ä", "- a", "?", "a ''b', c"),
+        *("a\r\nb", "a\u2028b", "? a", "x" * 200),
+    ],
+)
+def test_a_list_or_mapping_that_is_written_is_read_back(text):
+    entries = [text, {"path": "m", "labels": [text, "b"], "prompt": text}, "last"]
+    assert read_word("teachers", to_flow(entries)) == entries
+    assert parse_yaml(to_flow(entries), "x") == entries
+    assert "\n" not in to_flow(entries)
+    renames = {"predictions": "p.csv", "labels": {text: "a", "c": text}}
+    assert read_word("teachers", to_flow(renames)) == renames
 
 
 def test_brackets_left_open_and_keys_given_twice_are_refused():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 from small import save_random_bert
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from sead_dist import TaskSpec, predict
 from sead_dist.cli.commands import main
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.predicted_rows import predict_file
-from sead_dist.runs.prediction import evaluate_model
+from sead_dist.runs.prediction import evaluate_model, read_class_order
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -92,10 +94,37 @@ def test_labels_say_what_a_model_does_not(teachers, grammar, tmp_path):
     with pytest.raises(UserError, match=r"--labels negative,positive or --labels task_order"):
         scores(nameless, task, grammar, tmp_path)
     own = scores(teachers[1], task, grammar, tmp_path)["eval_accuracy"]
-    said = scores(nameless, task, grammar, tmp_path, labels="positive, negative")
+    said = scores(nameless, task, grammar, tmp_path, labels=["positive", "negative"])
     assert said["eval_accuracy"] == own
     turned = scores(nameless, task, grammar, tmp_path, labels="task_order")
     assert turned["eval_accuracy"] == pytest.approx(1 - own)
+
+
+AWKWARD = ("yes, please", "it's", "a: [b", "x\ny", 'say "no"', "5%")
+
+
+def test_a_class_order_holds_any_names(grammar, tmp_path):
+    task = TaskSpec("mine", "classification", "{sentence}", labels=AWKWARD)
+    numbered = [f"LABEL_{index}" for index in range(len(AWKWARD))]
+    nameless = save_random_bert(tmp_path / "m", grammar / "tokenizer", numbered)
+    turned = list(reversed(AWKWARD))
+    (found,) = predict(nameless, ["a b"], task=task, labels=turned)
+    (named,) = predict(nameless, ["a b"], task=task, labels="task_order")
+    probabilities = [[of[f"probability_{name}"] for name in AWKWARD] for of in (found, named)]
+    assert probabilities[0] == probabilities[1][::-1]
+    # the option that the error names gives the same order
+    with pytest.raises(UserError) as caught:
+        predict(nameless, ["a b"], task=task)
+    option = shlex.split(str(caught.value).partition("trained with: ")[2])
+    assert option[0] == "--labels"
+    assert read_class_order(option[1]) == list(AWKWARD)
+
+
+def test_a_class_order_of_the_command_line_is_names_between_commas():
+    assert read_class_order("a, it's,1,null") == ["a", "it's", "1", "null"]
+    assert read_class_order("""'a, b',"c",[d]""") == ["a, b", "c", "[d]"]
+    assert read_class_order("[a, 'b, c']") == ["a", "b, c"]
+    assert (read_class_order(None), read_class_order("task_order")) == (None, "task_order")
 
 
 def test_mnli_has_two_dev_sets(grammar, tmp_path, capsys, shown):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small import words, write_task
 
-from sead_dist.cli.demo import write_inputs
+from sead_dist.cli.demo import configure, write_inputs
 from sead_dist.config.load import load_config
 from sead_dist.config.registered import kept_paths, load_plugins
 from sead_dist.errors import UserError
@@ -173,6 +173,18 @@ def test_the_demo_writes_over_nothing(tmp_path):
     (tmp_path / "demo" / "shapes" / "student.yaml").unlink()
     write_inputs(tmp_path / "demo", seed=0)
     assert (tmp_path / "demo" / "shapes" / "student.yaml").is_file()
+
+
+def test_the_demo_s_folder_may_have_any_name(tmp_path):
+    folder = tmp_path / "a, [b: 'c'"
+    encoders = [folder / "one, two.yaml", folder / "three.yaml"]
+    folder.mkdir()
+    for file in encoders:
+        file.touch()
+    config = configure(folder, ["seed=3"], {"encoders": encoders, "output_dir": folder / "run"})
+    assert [entry.path for entry in config.encoders] == [str(path) for path in encoders]
+    assert (config.output_dir, config.data.path) == (str(folder / "run"), str(folder / "task"))
+    assert (config.seed, config.store.path) == (3, str(folder / "store"))
 
 
 def test_the_demo_goes_on_in_a_folder_in_which_its_text_has_the_older_name(tmp_path):
