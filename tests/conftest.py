@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # before torch is: tests compare runs of this process, bit for bit, with runs of one thread
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-Distil = Callable[[Sequence[str]], Path]
+Distil = Callable[..., Path]
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY = {
     "model_type": "bert",
@@ -261,9 +261,9 @@ def told() -> Iterator[list[str]]:
 @pytest.fixture(scope="session")
 def distil() -> Distil:
     """Run `distill` in this process, alone on the CPU, as the command does; the run directory.
-    Raises what it raises."""
+    Raises what it raises. command: the words that the run records."""
 
-    def run(words: Sequence[str]) -> Path:
+    def run(words: Sequence[str], command: tuple[str, ...] = ()) -> Path:
         import torch
 
         from sead_dist.cli.exits import lines_shown
@@ -272,7 +272,8 @@ def distil() -> Distil:
         from sead_dist.runtime.distributed import World
 
         with lines_shown():
-            return distill(load_config(words), World(0, 1, torch.device("cpu")))
+            world = World(0, 1, torch.device("cpu"), command=command or ("distill", *words))
+            return distill(load_config(words), world)
 
     return run
 

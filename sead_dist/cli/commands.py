@@ -57,7 +57,7 @@ def run_recipe(name: str, words: Sequence[str]) -> None:
         from sead_dist.runtime.surroundings import quiet_libraries
 
     recipe, _, worker = name.partition(" ")
-    with in_world(config.heartbeat) as world:
+    with in_world(config.heartbeat, (*name.split(), *words)) as world:
         quiet_libraries(world)
         if recipe == "teach":
             fill_store(config, worker, world)
@@ -72,7 +72,7 @@ def run_sweep(words: Sequence[str]) -> None:
         from sead_dist.runtime.distributed import in_world
         from sead_dist.sweep import run as sweep
 
-    with in_world() as world:
+    with in_world(command=("sweep", *words)) as world:
         sweep.run_sweep(words, world)
 
 
@@ -304,7 +304,7 @@ def reproduce(args: argparse.Namespace) -> None:
     if args.checkpoint is None:
         reproduce.show_checkpoints()
         return
-    with in_world() as world:
+    with in_world(command=args.given) as world:
         reproduce.reproduce(args.checkpoint, args.words, args.teachers, world)
 
 
@@ -314,7 +314,7 @@ def demo(args: argparse.Namespace) -> None:
         from sead_dist.runtime.distributed import in_world
         from sead_dist.runtime.surroundings import quiet_libraries
 
-    with in_world() as world:
+    with in_world(command=args.given) as world:
         quiet_libraries(world)
         run_demo(Path(args.output_dir), args.seed, world)
 
@@ -370,7 +370,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     top, names = parser(), [run.__name__ for run, _, _ in all_commands()]
     top.check_command(given, names)
     args, rest = top.parse_known_args([word for word in given if word != "--debug"])
-    args.debug = "--debug" in given
+    args.debug, args.given = "--debug" in given, given
     if any(word.startswith("-") for word in rest) or (rest and not hasattr(args, "words")):
         args.parser.error(arguments.unknown(rest, args))
     if rest:

@@ -11,8 +11,9 @@ from sead_dist.sweep.run import run_worker
 
 
 def work() -> None:
-    with in_world() as world:
-        run_worker(sys.argv[1:], world)
+    words = sys.argv[1:]
+    with in_world(command=("sweep", *words)) as world:
+        run_worker(words, world)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import fcntl
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -237,11 +236,12 @@ def weights_now(entry: TeacherConfig) -> str | None:
     return weights_hash(locate(entry.path, entry.revision, offline=True))
 
 
-def claim(run: Path, config: RunConfig, identity: Identity) -> None:
+def claim(run: Path, config: RunConfig, identity: Identity, command: Sequence[str]) -> None:
     """Record that this folder holds the run of `config`. The caller holds the run's lock.
 
-    Where another run without progress is recorded, its early files are removed. Raises UserError
-    where there is progress of another run.
+    command: the words of the command line; none for a call from Python. Where another run without
+    progress is recorded, its early files are removed. Raises UserError where there is progress of
+    another run.
     """
     sweep_leftovers(run)
     record = run / "run.json"
@@ -258,7 +258,10 @@ def claim(run: Path, config: RunConfig, identity: Identity) -> None:
     run.mkdir(parents=True, exist_ok=True)
     given = {"identity": asdict(identity), "teachers_given": given_teachers(config)}
     # run.json is written first, so that every other file in the folder belongs to a claim
-    write_json(record, {**given, "command": [without_secrets(word) for word in sys.argv[1:]]})
+    # a call from Python has no words, and the run's configuration has what the call gave
+    words = command or ("distill", str(run / "config.yaml"))
+    line = [without_secrets(word) for word in words]
+    write_json(record, {**given, "command": line, "from_python": not command})
     if Path(config.task).is_file():
         with written_aside(run / "task.yaml") as aside:
             shutil.copyfile(config.task, aside)

@@ -193,7 +193,7 @@ def claim_folder(
     row = one_row(splits.train)
     from_main(world, lambda: check_saving(checked.model, row, run, config.trust_remote_code))
     from_main(world, lambda: reject_other_scoring(config, checked.examples))
-    from_main(world, lambda: claim(run, config, identity))
+    from_main(world, lambda: claim(run, config, identity, world.command))
     return identity
 
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -49,7 +49,7 @@ class World:
     """This process is rank `rank` of `size`, on `device`. exchange: the process group of teacher
     logits. It is not the student's, so that their collectives never wait for each other. control: a
     gloo group for what ranks agree on. heartbeat: this rank's signs of life. All three are None
-    where there is no process group."""
+    without a process group. command: the words of the command line; none in a call from Python."""
 
     rank: int
     size: int
@@ -57,6 +57,7 @@ class World:
     exchange: dist.ProcessGroup | None = None
     control: dist.ProcessGroup | None = None
     heartbeat: Heartbeat | None = None
+    command: tuple[str, ...] = ()
 
     def at(self, doing: str) -> None:
         """Note what this rank is doing, for a message in case it stops there."""
@@ -83,8 +84,8 @@ def join_world(limits: Limits | None = None) -> World:
     on_gpu = torch.cuda.is_available() and not cpu_only
     if size == 1 and not dist.is_initialized():
         # set_device needs a GPU with its number
-        gpu = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
-        return World(0, 1, gpu or torch.device("cpu"))
+        number = torch.cuda.current_device() if on_gpu else None
+        return World(0, 1, torch.device("cpu" if number is None else f"cuda:{number}"))
     place = local_rank(size)
     device = torch.device("cuda", place) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -160,10 +161,10 @@ def _launcher_store(rank: int, wait_s: float) -> Store:
 
 
 @contextmanager
-def in_world(limits: Limits | None = None) -> Iterator[World]:
+def in_world(limits: Limits | None = None, command: Sequence[str] = ()) -> Iterator[World]:
     """The launcher's world for a whole command. A collective that breaks because a rank is gone
     ends this process with a line that names it."""
-    world = join_world(limits)
+    world = replace(join_world(limits), command=tuple(command))
     try:
         yield world
     except RuntimeError as error:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,20 @@ def test_the_second_call_of_a_process_gives_the_same_student(run, grammar, keys,
     task = grammar / "task.yaml"
     again = sd.distill(task, data=grammar, output_dir=tmp_path / "run", **keys)
     assert model_bytes(again) == model_bytes(made)
+
+
+def test_the_line_that_a_run_records_gives_it_again(run, words, cli, tmp_path):
+    made, _, _ = run
+    record = json.loads((made.path / "run.json").read_text())
+    assert record["from_python"] is True
+    assert record["command"] == ["distill", str(made.path / "config.yaml")]
+    again = cli(*record["command"])
+    assert again.returncode == 0, again.stderr
+    assert f"{made.path} holds this run, finished" in again.stdout
+    given = words(tmp_path / "line", "max_steps=1")
+    assert cli("distill", *given).returncode == 0
+    record = json.loads((tmp_path / "line" / "run.json").read_text())
+    assert (record["from_python"], record["command"]) == (False, ["distill", *given])
 
 
 def test_a_run_has_scores_predictions_and_its_configuration(run, grammar):
@@ -295,7 +310,9 @@ def test_a_full_disk_is_a_run_error(own, frames, keys, tmp_path, monkeypatch):
         sd.distill(own, data=frames, output_dir=tmp_path / "run", **keys)
 
 
-def test_ctrl_c_saves_and_the_same_call_goes_on(run, own, frames, keys, tmp_path):
+def test_ctrl_c_saves_and_the_same_call_or_its_recorded_line_goes_on(
+    run, own, frames, keys, cli, tmp_path
+):
     made, _, _ = run
     before = signal.getsignal(signal.SIGINT)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -316,6 +333,11 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(run, own, frames, keys, tmp_path
         logger.setLevel(logging.NOTSET)
     assert signal.getsignal(signal.SIGINT) is before
     assert metrics.is_file()
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    line = json.loads((copy / "run.json").read_text())["command"]
+    done = cli(*line, f"output_dir={copy}")
+    assert done.returncode == 0, done.stderr
+    assert model_bytes(copy) == model_bytes(made)
     again = sd.distill(own, data=frames, output_dir=tmp_path / "run", **keys)
     assert model_bytes(again) == model_bytes(made)
 
