@@ -66,14 +66,15 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    state, there = random.getstate(), set(os.environ)
+    state, variables = random.getstate(), dict(os.environ)
     try:
         return getattr(import_module(_ELSEWHERE.get(name, "sead_dist.api")), name)
     finally:
-        # libraries draw numbers and set variables when they are imported
+        # libraries draw numbers, and set and remove variables, when they are imported
         random.setstate(state)
-        for variable in set(os.environ) - there:
+        for variable in set(os.environ) - set(variables):
             del os.environ[variable]
+        os.environ.update(variables)
 
 
 def __dir__() -> list[str]:

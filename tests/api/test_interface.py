@@ -43,9 +43,13 @@ def test_the_import_of_a_name_leaves_random_state_and_environment(monkeypatch):
     def imported(module):
         random.random()
         os.environ["SET_BY_A_LIBRARY"] = module
+        os.environ["CHANGED_BY_A_LIBRARY"] = module
+        del os.environ["REMOVED_BY_A_LIBRARY"]
         return SimpleNamespace(distill=module)
 
     monkeypatch.setattr(sd, "import_module", imported)
+    monkeypatch.setenv("CHANGED_BY_A_LIBRARY", "before")
+    monkeypatch.setenv("REMOVED_BY_A_LIBRARY", "before")
     random.seed(1)
     before = random.getstate(), dict(os.environ)
     assert sd.distill == "sead_dist.api"
