@@ -58,6 +58,7 @@ class ExampleSet:
 
 def has_label(labels_B: np.ndarray) -> np.ndarray:
     """has_B: False where a row has no label."""
+    # callers have arrays alone; their type is the `label_type` of the kind
     return np.asarray(~np.isnan(labels_B) if labels_B.dtype.kind == "f" else labels_B >= 0)
 
 
@@ -345,6 +346,7 @@ def entries(ids_B2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def fingerprint(examples: ExampleSet) -> str:
     """A hash of identities, labels, routes, groups, accepted answers and their order."""
+    # examples have no kind; the type of their labels is its `label_type`
     kind = "<f8" if examples.labels_B.dtype.kind == "f" else "<i8"
     digest = hashlib.blake2b(examples.ids_B2.astype("<i8").tobytes(), digest_size=16)
     digest.update(examples.labels_B.astype(kind).tobytes())

@@ -43,6 +43,11 @@ class TaskKind(ABC):
     # the majority baseline: the best score of a constant answer under a metric, of C classes
     constant: Callable[[str, int, MetricInputs], float]
 
+    @property
+    def has_float_labels(self) -> bool:
+        """Whether labels_B are floats, NaN for none; else they are whole numbers, -1 for none."""
+        return bool(np.issubdtype(self.label_type, np.floating))
+
     def outputs(self, task: "TaskSpec") -> tuple[str, ...]:
         """The names of the logits that a model gives for one text row."""
         return task.labels if self.head_of_labels else ("score",)

@@ -53,6 +53,7 @@ class LossTerms:
 
 def known(labels_B: torch.Tensor) -> torch.Tensor:
     """known_B: False where a row has no gold label."""
+    # a loss is a function of tensors; the type of the labels is the `label_type` of the kind
     return ~torch.isnan(labels_B) if labels_B.is_floating_point() else labels_B >= 0
 
 

@@ -66,6 +66,7 @@ def errors(logits_NBC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
     """loss_NB: how wrong each teacher is on each labelled row. This is the cross-entropy with the
     gold label, or for scores the squared error divided by the mean one of the teachers, so that the
     scale does not count."""
+    # a function of tensors; the type of the labels is the `label_type` of the kind
     if labels_B.is_floating_point():
         error_NB = (logits_NBC[..., 0] - labels_B[None]) ** 2
         return error_NB / error_NB.mean(0, keepdim=True).clamp(min=1e-12)

@@ -275,6 +275,7 @@ class Fitted(Weighting):
         rows_B = np.flatnonzero(has_label(labels_B) & complete_B)
         if not complete_B.all() and len(rows_B) < self.fewest_rows:
             raise UserError(self.too_few("fitted", len(rows_B)))
+        # Known has arrays alone; the type of the labels is the `label_type` of the kind
         if labels_B.dtype.kind == "f":
             weights_N = fit_scores(logits_NBC[:, rows_B, 0], labels_B[rows_B])
         else:

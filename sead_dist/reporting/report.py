@@ -174,6 +174,7 @@ def _plot_predictions(
     """(plot of the calibration, its numbers); for a regression (scatter plot, {})."""
     logits_BC = predictions.student_logits_BC.astype(np.float64)
     ensemble_BC = predictions.ensemble_probabilities_BC
+    # a report is made of files, which do not name the kind; the labels have its `label_type`
     if np.issubdtype(predictions.labels_B.dtype, np.floating):
         predicted = {"student": logits_BC[:, 0]}
         if ensemble_BC is not None:

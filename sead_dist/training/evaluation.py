@@ -93,7 +93,7 @@ def student_logits(
 def mean_loss(kind: TaskKind, logits_BC: np.ndarray, labels_B: np.ndarray) -> float:
     """Mean hard loss of the labelled rows; NaN where there are none."""
     labels = torch.from_numpy(labels_B)
-    labels = labels.float() if labels.is_floating_point() else labels
+    labels = labels.float() if kind.has_float_labels else labels
     losses_B = hard_loss(torch.from_numpy(logits_BC), labels, kind.hard_loss)
     return float(losses_B[known(labels)].mean())
 

@@ -24,6 +24,7 @@ from sead_dist.objectives.losses import (
     register_hard_loss,
 )
 from sead_dist.runs.distillation import distill
+from sead_dist.training.evaluation import mean_loss
 
 GRADES = 'name: mine\nkind: graded\ntext_a: "{text}"\nlabels: [bad, fair, good]\n'
 
@@ -92,6 +93,16 @@ def test_a_registered_kind_is_read_aligned_scored_and_answers_in_its_own_columns
     assert task.task_kind.answers(task, logits_BC) == {"grade": [1, 0]}
     assert compute_metrics(task, logits_BC, examples) == {"accuracy": 0.5}
     assert constant_score(task, examples) == 0.5
+
+
+def test_the_kind_says_whether_labels_are_floats():
+    floats = {name: KINDS[name].has_float_labels for name in ("classification", "choice")}
+    assert floats == {"classification": False, "choice": False}
+    assert KINDS["regression"].has_float_labels
+    # whole numbers as scores are scores: -1 is one
+    scores_B1 = np.array([[0.0], [2.0]], np.float32)
+    assert mean_loss(KINDS["regression"], scores_B1, np.array([-1, 2])) == 0.5
+    assert mean_loss(KINDS["regression"], scores_B1, np.array([np.nan, 2.0])) == 0.0
 
 
 def test_a_kind_that_is_not_registered_is_refused_with_those_that_are(tmp_path):
