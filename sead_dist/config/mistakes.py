@@ -34,21 +34,7 @@ def explain(
     first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     key = ".".join(map(str, place_of(first)))
     if first["type"] == "extra_forbidden":
-        plain = ".".join(part for part in first["loc"] if isinstance(part, str))
-        new = new_name(plain)
-        if new is not None and (new in known or new not in RENAMED.values()):
-            return f"the key {key!r} was renamed to {new}; give {new} instead"
-        old = [key for key, new in RENAMED.items() if new in known]
-        near = nearest(plain, [*known, *old])
-        hint = "`sead-dist keys` lists all"
-        if near is not None:
-            hint = f"did you mean {RENAMED.get(near, near)!r}?"
-        elif inside := [key for key in known if _is_in_group(key, plain)]:
-            hint = f"did you mean {' or '.join(inside)}?"
-        name, colon, value = str(first["loc"][-1]).partition(":")
-        if colon:
-            hint = f"write `{name}: {value.strip()}`, with a blank after the colon"
-        return f"unknown key {key!r}; {hint}"
+        return _unknown_key(key, first["loc"], known)
     no_value = first["input"] is None and first["type"] != "model_type"
     if first["type"] == "missing" and any(isinstance(part, int) for part in first["loc"]):
         return f"{key} is not set; give it in the entry: {{{first['loc'][-1]}: VALUE, ...}}"
@@ -65,6 +51,28 @@ def explain(
         return f"{key}{value}: {_group_of(key, inside, first['input'])}{where}"
     said = expected_value(first, lambda kept: fits(check, keys, place_of(first), kept))
     return f"{key}{value}: {said}{where}"
+
+
+def _unknown_key(key: str, place: Place, known: Sequence[str]) -> str:
+    """What is wrong with a key that is not known: what it was renamed to, or is near to."""
+    plain = ".".join(part for part in place if isinstance(part, str))
+    # inside an entry of a list, a key is written without the list's name
+    entry = f"{place[0]}." if any(isinstance(part, int) for part in place) else ""
+    new = new_name(plain)
+    if new is not None and (new in known or new not in RENAMED.values()):
+        new = new.removeprefix(entry)
+        return f"the key {key!r} was renamed to {new}; give {new} instead"
+    old = [key for key, new in RENAMED.items() if new in known]
+    near = nearest(plain, [name for name in [*known, *old] if name.startswith(entry)])
+    hint = f"`{' '.join(['sead-dist keys', entry[:-1]]).strip()}` lists all"
+    if near is not None:
+        hint = f"did you mean {RENAMED.get(near, near).removeprefix(entry)!r}?"
+    elif inside := [key for key in known if _is_in_group(key, plain)]:
+        hint = f"did you mean {' or '.join(inside)}?"
+    name, colon, value = str(place[-1]).partition(":")
+    if colon:
+        hint = f"write `{name}: {value.strip()}`, with a blank after the colon"
+    return f"unknown key {key!r}; {hint}"
 
 
 def place_of(mistake: "ErrorDetails") -> Place:

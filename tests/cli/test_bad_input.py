@@ -164,7 +164,7 @@ def test_a_text_without_a_token_is_refused_before_there_is_any_output(
     [
         ("temperatur=3", r"unknown key 'temperatur'; did you mean 'temperature'"),
         ("data.pth=x", r"unknown key 'data.pth'; did you mean 'data.path'"),
-        ("teachers=[{path: a, lables: [x]}]", r"unknown key 'teachers.0.lables'; did you mean 'teachers.labels'"),
+        ("teachers=[{path: a, lables: [x]}]", r"unknown key 'teachers.0.lables'; did you mean 'labels'"),
         ("num_train_epochs=many", r"num_train_epochs='many': .*expected a whole number, such as 10; see `sead-dist keys num_train_epochs`"),
         ("num_train_epochs=0", r"num_train_epochs=0: .*greater than 0"),
         ("ensemble=best", r"ensemble='best': .*'mean_logits'.*'random'"),

@@ -165,6 +165,18 @@ def test_no_hint_names_a_file_that_an_installed_package_has_not():
             "unlabeled.path=new.txt; see `sead-dist keys unlabeled`",
         ),
         (
+            "teachers=[{path: m, wieght: 2}]",
+            "unknown key 'teachers.0.wieght'; did you mean 'weight'?",
+        ),
+        (
+            "encoders=[{path: m, revison: main}]",
+            "unknown key 'encoders.0.revison'; did you mean 'revision'?",
+        ),
+        (
+            "teachers=[{path: m, nothing_like_it: 2}]",
+            "unknown key 'teachers.0.nothing_like_it'; `sead-dist keys teachers` lists all",
+        ),
+        (
             "max_train_examples=10",
             "unknown key 'max_train_examples'; did you mean data.max_train_examples?",
         ),

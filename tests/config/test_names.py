@@ -21,7 +21,8 @@ def test_an_old_key_is_refused_with_the_new_one_named(old):
 
 def test_an_old_key_of_a_teacher_and_of_a_file_is_refused_likewise(tmp_path):
     with pytest.raises(
-        UserError, match=r"'teachers\.0\.weights' was renamed to teachers\.quantization"
+        UserError,
+        match=r"'teachers\.0\.weights' was renamed to quantization; give quantization instead$",
     ):
         load_config(["sst2", "output_dir=x", "teachers=[{path: a, weights: int8}]"])
     (tmp_path / "old.yaml").write_text("checkpoint: {every_steps: 3}\n", encoding="utf-8")
