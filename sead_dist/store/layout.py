@@ -15,6 +15,7 @@ import errno
 import fcntl
 import json
 import os
+import reprlib
 import socket
 import time
 import uuid
@@ -185,12 +186,17 @@ def _read_format(layout: Layout) -> int:
     """The store's format. Raises UserError for one that this version does not read."""
     path = layout.root / "format.json"
     try:
-        found = json.loads(path.read_bytes())["format"]
-    except Exception as error:
-        raise rejection(
-            f"{path} cannot be read ({reason(error)}); it should hold "
-            f'{{"format": N}}: fix it or give another store=DIR',
-            error,
+        text = path.read_bytes().decode(errors="replace")
+    except OSError as error:
+        line = f"{path} cannot be read: {reason(error)}; correct that, or give another store=DIR"
+        raise rejection(line, error) from error
+    try:
+        found = json.loads(text)["format"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} does not give the store's format: it holds {reprlib.repr(text)}; expected "
+            f'{{"format": {FORMAT}}}; write this into it where this version or an older one made '
+            "the store, else give another store=DIR"
         ) from error
     if found not in (OLDER_FORMAT, FORMAT):
         raise UserError(

@@ -1,5 +1,6 @@
 import json
 import os
+import reprlib
 import shutil
 import signal
 import tempfile
@@ -296,8 +297,19 @@ def test_a_store_of_another_format_is_refused_and_left_as_it_is(tmp_path):
     (tmp_path / "format.json").write_text(json.dumps({"format": 3}))
     with pytest.raises(UserError, match=r"has format 3, this version reads formats 1 and 2; give"):
         StoreFolder(tmp_path)
-    (tmp_path / "format.json").write_text("{")
-    with pytest.raises(UserError, match=r"format\.json cannot be read"):
+    file = tmp_path / "format.json"
+    for text in ("{", "[]", '{"form": 2}', "[" * 10000, ""):
+        file.write_text(text)
+        with pytest.raises(UserError) as caught:
+            StoreFolder(tmp_path)
+        assert str(caught.value) == (
+            f"{file} does not give the store's format: it holds {reprlib.repr(text)}; expected "
+            '{"format": 2}; write this into it where this version or an older one made the store, '
+            "else give another store=DIR"
+        )
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"format.json cannot be read: Is a directory; correct"):
         StoreFolder(tmp_path)
 
 
