@@ -33,7 +33,7 @@ from sead_dist.objectives.ensemble import combine
 from sead_dist.objectives.losses import SOFT_LOSSES, SoftTargets, known, total_loss
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.runs import distillation, predicted_rows, prediction
-from sead_dist.runs.checks import reject_untaught
+from sead_dist.runs.checks import finished_run, reject_untaught
 from sead_dist.runs.claim import holds_run
 from sead_dist.runs.given import (
     NAMES,
@@ -98,13 +98,13 @@ class Run:
     @property
     def model_dir(self) -> Path:
         """The student, as a Transformers checkpoint. Raises UserError where there is none yet."""
-        return self._ended() / "model"
+        return finished_run(self.path) / "model"
 
     @property
     def scores(self) -> dict[str, Any]:
         """By split (`selection`, `validation`, ...): the metrics of `student`, of `ensemble` (None
         without teachers) and of each of `teachers`. Raises UserError before the run's end."""
-        splits: dict[str, Any] = read_json(self._ended() / "scores.json")["splits"]
+        splits: dict[str, Any] = read_json(finished_run(self.path) / "scores.json")["splits"]
         return splits
 
     def predictions(self, split: str) -> Any:
@@ -112,17 +112,12 @@ class Run:
         ensemble_probabilities; row in the file (from 1), gold_label, predicted_label and
         probability_LABEL (or predicted_score), texts. Raises UserError for a split without
         predictions."""
-        folder = self._ended() / "predictions"
+        folder = finished_run(self.path) / "predictions"
         path = folder / f"{split}.parquet"
         if not path.is_file():
             there = ", ".join(sorted(file.stem for file in folder.glob("*.parquet")))
             raise UserError(f"{self.path} has no predictions of {split!r}; give one of {there}")
         return pq.read_table(path).to_pandas()
-
-    def _ended(self) -> Path:
-        if not self.finished:
-            raise UserError(f"{self.path} holds no finished run; give one, or repeat its call")
-        return self.path
 
 
 def load_config(*words: str | os.PathLike[str], **keys: Any) -> RunConfig:

@@ -23,7 +23,7 @@ from sead_dist.errors import UserError
 from sead_dist.models.pretrained import locate
 from sead_dist.models.start import repair_teacher
 from sead_dist.runs.claim import already_finished, drop_training_state
-from sead_dist.runtime.run_log import PUSHED
+from sead_dist.runtime.run_log import PROGRESS, PUSHED, is_finished, read_as
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,25 @@ def nothing_to_do(config: RunConfig) -> str | None:
     from sead_dist.reporting.hub import push_at_end  # heavy, and seldom needed
 
     return f"{line}; {push_at_end(run, config)}"
+
+
+def finished_run(run: Path) -> Path:
+    """The folder of a finished run. Raises UserError where there is none, with its state."""
+    fix = "expected the folder of a finished run; give the output_dir of one"
+    if not run.is_dir():
+        raise UserError(f"{run} {'is a file' if run.exists() else 'does not exist'}; {fix}")
+    if is_finished(run):
+        return run
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} holds no run; {fix}")
+    done = "no step is done"
+    if (run / PROGRESS).is_file():
+        noted = read_as(dict[str, Any], run / PROGRESS)
+        done = f"it is at step {noted.get('step')} of {noted.get('total')}"
+    raise UserError(
+        f"the run {run} is not finished: {done}; expected a finished run; repeat the call or the "
+        "command that began it"
+    )
 
 
 def reject_encoders(config: RunConfig) -> None:

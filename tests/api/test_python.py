@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -171,8 +172,27 @@ def test_a_run_has_scores_predictions_and_its_configuration(run, grammar):
         sd.UserError, match="no predictions of 'test'; give one of selection, valid"
     ):
         made.predictions("test")
-    with pytest.raises(sd.UserError, match="holds no finished run"):
-        _ = sd.Run(grammar).scores
+
+
+def test_a_run_that_is_not_finished_is_named_with_its_state(tmp_path):
+    def said():
+        run = sd.Run(tmp_path / "run")
+        with pytest.raises(sd.UserError) as caught:
+            _ = run.model_dir
+        for read in (lambda: run.scores, lambda: run.predictions("validation")):
+            with pytest.raises(sd.UserError, match=re.escape(str(caught.value))):
+                read()
+        return str(caught.value).removeprefix(str(run.path)).replace(str(run.path), "RUN")
+
+    fix = "expected the folder of a finished run; give the output_dir of one"
+    assert said() == f" does not exist; {fix}"
+    (tmp_path / "run").mkdir()
+    assert said() == f" holds no run; {fix}"
+    (tmp_path / "run" / "run.json").write_text("{}")
+    repeat = "expected a finished run; repeat the call or the command that began it"
+    assert said() == f"the run RUN is not finished: no step is done; {repeat}"
+    (tmp_path / "run" / "progress.json").write_text('{"step": 3, "total": 60}')
+    assert said() == f"the run RUN is not finished: it is at step 3 of 60; {repeat}"
 
 
 def test_data_in_memory_are_found_again(run, own, frames, keys, distil, capfd):
