@@ -75,9 +75,9 @@ class FirstStep:
     def __init__(self, heartbeat: Any) -> None:
         self.heartbeat, self.at = heartbeat, 0.0
 
-    def move(self, doing: str) -> None:
+    def count_progress(self, doing: str) -> None:
         self.at = self.at or time.perf_counter()
-        self.heartbeat.move(doing)
+        self.heartbeat.count_progress(doing)
 
 
 def our_run(setting: dict[str, Any], world: World) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class TaskKind(ABC):
     soft_losses: tuple[str, ...]  # loss=auto is the first; others apply unless they need classes
     default_metrics: tuple[str, ...]  # of a task that names none
     problem_type: str | None = None  # Transformers' word for it, where it has one
-    limit: str | None = None  # what a user of the model alone has to know, for the card
+    card_note: str | None = None  # what a user of the model alone has to know, for the card
     # (reader of a task, as `TaskSpec.reader`) -> the names of the metrics that the task can have
     metric_names: Callable[[str], list[str]]
     # metrics of logits_BC, by name; ValueError where a row has no label
@@ -141,7 +141,7 @@ class Choice(Classification):
     name = "choice"
     head_of_labels = False
     problem_type = None  # Transformers has no word for it
-    limit = "One call scores one choice: score all choices and take the highest."
+    card_note = "One call scores one choice: score all choices and take the highest."
 
 
 class Regression(TaskKind):

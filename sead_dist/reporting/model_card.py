@@ -323,8 +323,8 @@ def _limits(files: RunFiles, spec: "TaskSpec | None") -> Iterable[str]:
     if rows and accuracy is not None and 0 < accuracy < 1 and independent:
         points = 100 * sampling_deviation(accuracy, rows)
         yield f"On {rows} rows, one standard deviation of sampling is {points:.1f} points."
-    if spec is not None and spec.task_kind.limit is not None:
-        yield spec.task_kind.limit
+    if spec is not None and spec.task_kind.card_note is not None:
+        yield spec.task_kind.card_note
     yield from (str(redact(line)) for line in files.scores.get("remarks") or ())
     for validation in files.validations:
         name = redact(validation["name"])

@@ -98,7 +98,7 @@ def check_run(
     the files or the models.
     """
     ranks, device = ranks or world.size, device or world.device
-    world.at("looking at the folders")
+    world.set_activity("looking at the folders")
     if config.taught:
         from_main(world, lambda: reject_foreign(store_folder(config.store.path)))
     if folders is not None:
@@ -127,9 +127,9 @@ def read_run(
     rows that no teacher predicts are kept, and a teacher need not give hidden states. Raises
     UserError as `check_run` does.
     """
-    world.at("reading the data and the student")
+    world.set_activity("reading the data and the student")
     task, read, inputs, model = on_every_rank(world, lambda: read_inputs(config))
-    world.at("reading the teachers")
+    world.set_activity("reading the teachers")
     teachers = []
     if config.taught:
         teachers = read_teachers(config, task, world, inputs.tokenizer, read)

@@ -69,7 +69,7 @@ def distill(
     run = Path(config.output_dir)
     if world.heartbeat is not None:
         world.heartbeat.limits = config.heartbeat
-    world.at("looking for a finished run")
+    world.set_activity("looking for a finished run")
     done = from_main(world, lambda: nothing_to_do(config))
     if done is not None:
         if world.is_main:
@@ -138,7 +138,7 @@ def run_to_end(setup: RunSetup, show_table: bool, found: Validated | None) -> No
     """
     # each start of the run logs this line, a resumed one too
     setup.log.metrics("start", total_steps=setup.batches.total_steps, world_size=setup.world.size)
-    setup.world.at("trying the report")
+    setup.world.set_activity("trying the report")
     from_main(setup.world, lambda: try_report(setup))
     state = setup.checkpointer.resume(setup.engine, setup.log, setup.batches.total_steps)
     ensemble = prepare_teachers(setup, found)

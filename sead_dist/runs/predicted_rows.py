@@ -119,7 +119,7 @@ def predict_file(
     with in_world() as world:
         quiet_libraries(world)
         task = task_of(name, task_name)
-        world.at("reading the rows")
+        world.set_activity("reading the rows")
         rows = read_input(file, kind, task, skip_malformed, world)
         examples = settings.examples(
             task, rows, "standard input" if file == STANDARD else file.name
@@ -143,7 +143,7 @@ def answer_examples(
     name: str, task: TaskSpec, examples: ExampleSet, settings: Settings, world: World
 ) -> dict[str, list[Any]]:
     """The columns that a prediction by the model `name` adds, one value for each example."""
-    world.at("loading the model")
+    world.set_activity("loading the model")
     answerer = load_answerer(name, task, settings.labels, world.device, examples)
     split = answerer.inputs.split(examples)
     tell_cuts(split, answerer.inputs.max_length, world)
@@ -156,7 +156,7 @@ def answer_examples(
     console = PipedConsole(highlight=False, stderr=True, quiet=not settings.progress)
     shows = world.is_main and settings.progress
     put = partial(tell, aside=True) if shows else lambda _line: None
-    world.at("predicting rows")
+    world.set_activity("predicting rows")
     where = (console, put, "rows predicted", len(split))
     with shown_progress(*where, in_notebooks=world.is_main) as bar:
         logits_BC = student_logits(

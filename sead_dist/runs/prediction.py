@@ -236,7 +236,7 @@ def evaluate_model(
             from_main(world, partial(check_writable, "--json", Path(json_file)))
         task = task_of(name, task_name)
         source = data_of(name, task_name, data)
-        world.at("reading the rows")
+        world.set_activity("reading the rows")
         with data_option():
             sets = [load_to_score(name, task, source, key) for key in wanted_splits(task, split)]
         found = results_of(name, task, sets, labels, world)
@@ -284,13 +284,13 @@ def results_of(
 
     Raises UserError for a model that does not fit the task.
     """
-    world.at("loading the model")
+    world.set_activity("loading the model")
     answerer = load_answerer(name, task, labels, world.device, sets[0])
     found: list[EvalResult] = []
     for examples in sets:
         ready = answerer.inputs.split(examples)
         tell_cuts(ready, answerer.inputs.max_length, world)
-        world.at(f"scoring {examples.split}")
+        world.set_activity(f"scoring {examples.split}")
         found.append(evaluate(task, answerer.model, answerer.forward, ready, world, step=0))
     return found
 

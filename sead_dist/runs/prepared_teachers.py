@@ -62,7 +62,7 @@ def validated(setup: RunSetup) -> Validated:
     selection = setup.splits.selection
     if setup.source is None or not needs_validation(config, selection.examples):
         return [], None
-    setup.world.at("validating the teachers")
+    setup.world.set_activity("validating the teachers")
     overlap = setup.examples.dev_in_training
     validations, logits_NBC = ask_and_validate(
         setup.source, task, selection, config.prefetch_rows, overlap

@@ -87,7 +87,7 @@ def repair_start(
     for a text or a teacher that does not fit. Raises StopRequestedError, after a checkpoint is
     saved, where a stop was requested.
     """
-    world.at("looking for a repaired start")
+    world.set_activity("looking for a repaired start")
     facts = from_main(world, lambda: repair_facts(config))
     path = repaired_path(config, facts)
     folder = path.parent
@@ -128,7 +128,7 @@ def wait_for_lock(
         if not announced:
             tell(f"waiting for another run, which repairs the same start in {folder}")
             announced = True
-        heartbeat.move("waiting for a start that another run repairs")
+        heartbeat.count_progress("waiting for a start that another run repairs")
         if stop.agreed(world):
             raise StopRequestedError(
                 "stopped while another run repaired the start; nothing is lost"

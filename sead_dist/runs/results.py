@@ -293,7 +293,7 @@ def conclude(
     """
     world, config = setup.world, setup.config
     run = Path(config.output_dir)
-    setup.heartbeat.move("saving the student")
+    setup.heartbeat.count_progress("saving the student")
     save_student(setup, state)
     scores, results = score_splits(setup, state, ensemble)
     if setup.splits.left_out is not None:
@@ -317,7 +317,7 @@ def conclude(
         write_json(run / "run_summary.json", closing)
         drop_training_state(config)
 
-    setup.heartbeat.move("writing the report")
+    setup.heartbeat.count_progress("writing the report")
     from_main(world, write)
     if show_table and world.is_main:
         tell_table(*closing_table(setup, scores))

@@ -97,7 +97,7 @@ class RunSetup:
 
         Each forward reports progress, so that a long split does not count as a hang.
         """
-        self.heartbeat.move("scoring the student")
+        self.heartbeat.count_progress("scoring the student")
         return self.engine.forward(inputs, choices)
 
 
@@ -116,7 +116,7 @@ def build(
         checked = check_run(config, world, folders=run_folders(config))
     task, examples, inputs, model = checked.task, checked.examples, checked.inputs, checked.model
     teachers = checked.teachers
-    world.at("tokenising the splits")
+    world.set_activity("tokenising the splits")
     splits = tokenize_splits(examples, inputs.split)
     identity = claim_folder(checked, splits, world, stack)
     beating = world.heartbeat or Heartbeat(0, 1, None, config.heartbeat)
@@ -127,7 +127,7 @@ def build(
     if config.repair.text is not None:
         repair_start(config, world, model, inputs, stop, heartbeat, console)
     config = with_chosen_keys(config, examples)
-    world.at("placing the teachers")
+    world.set_activity("placing the teachers")
     batches = BatchStream(
         splits.train,
         config.seed,
@@ -186,9 +186,9 @@ def claim_folder(
     back differently than it was saved.
     """
     config, run = checked.config, Path(checked.config.output_dir)
-    world.at("hashing data, teachers and start")
+    world.set_activity("hashing data, teachers and start")
     identity = checked.identity(world)
-    world.at("trying to save the student")
+    world.set_activity("trying to save the student")
     from_main(world, lambda: stack.enter_context(locked(run)))
     row = one_row(splits.train)
     from_main(world, lambda: check_saving(checked.model, row, run, config.trust_remote_code))

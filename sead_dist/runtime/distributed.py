@@ -59,10 +59,10 @@ class World:
     heartbeat: Heartbeat | None = None
     command: tuple[str, ...] = ()
 
-    def at(self, doing: str) -> None:
+    def set_activity(self, doing: str) -> None:
         """Note what this rank is doing, for a message in case it stops there."""
         if self.heartbeat is not None:
-            self.heartbeat.at(doing)
+            self.heartbeat.set_activity(doing)
 
     @property
     def is_main(self) -> bool:
@@ -94,7 +94,7 @@ def join_world(limits: Limits | None = None) -> World:
     heartbeat = start_heartbeat(size, backend, limits)
     exchange = dist.new_group(backend=backend, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    heartbeat.at("starting")
+    heartbeat.set_activity("starting")
     return World(dist.get_rank(), dist.get_world_size(), device, exchange, control, heartbeat)
 
 
@@ -132,7 +132,7 @@ def start_heartbeat(size: int, backend: str, limits: Limits) -> Heartbeat:
     heartbeat = Heartbeat(rank, size, signs, limits)  # type: ignore[arg-type]
     heartbeat.start(wait_s)
     if not dist.is_initialized():
-        heartbeat.at("making the process group")
+        heartbeat.set_activity("making the process group")
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     return heartbeat
 

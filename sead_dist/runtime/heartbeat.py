@@ -126,12 +126,12 @@ class Heartbeat:
     def beat_s(self) -> float:
         return min(MOST_BEAT_S, self.limits.timeout_s / 10)
 
-    def at(self, doing: str) -> None:
+    def set_activity(self, doing: str) -> None:
         """Note what this rank is doing, without counting progress, and send that at once."""
         self.doing = doing
         self.send_now.set()
 
-    def move(self, doing: str) -> None:
+    def count_progress(self, doing: str) -> None:
         """Count progress that every rank makes in the same order. doing: what begins."""
         self.place += 1
         self._note(doing)

@@ -89,13 +89,13 @@ class Trainer:
         self.engine.model.train()
         with self.log.progress("training", total, state.step) as bar:
             for taught in until_stopped(taught_steps):
-                self.heartbeat.move(f"training, step {state.step + 1} of {total}")
+                self.heartbeat.count_progress(f"training, step {state.step + 1} of {total}")
                 began = time.perf_counter()
                 self.learn(taught, tally)
                 learning_rate = self.engine.learning_rate
                 self.engine.wake(state.step)
                 self.update(state.step + 1)
-                self.heartbeat.move(f"training, after step {state.step + 1} of {total}")
+                self.heartbeat.count_progress(f"training, after step {state.step + 1} of {total}")
                 spent_s = time.perf_counter() - began
                 step = taught.step.number + 1
                 state = replace(state, step=step, cursor=taught.step.cursor_after).add(
@@ -117,7 +117,7 @@ class Trainer:
                     bar.update(**shown)
                     tally = Tally(len(self.teacher_names))
                 if evaluating:
-                    self.heartbeat.move(f"scoring the student of step {step}")
+                    self.heartbeat.count_progress(f"scoring the student of step {step}")
                     state, shown[f"selection_{self.metric}"] = self.score(state)
                     bar.update(**shown)
                     # without a saved state the run would lose a new best student
@@ -126,7 +126,7 @@ class Trainer:
                 # an early end is saved like the last step
                 saving = saving or (over and self.config.save_steps != 0)
                 if saving:
-                    self.heartbeat.move(f"saving step {step}")
+                    self.heartbeat.count_progress(f"saving step {step}")
                     clock.save(partial(self.checkpointer.save, self.engine, state))
                 self.log.step_done(step, total)
                 bar.advance(1)
@@ -161,7 +161,9 @@ class Trainer:
                     inside, shown, batch.inputs["attention_mask"],
                 )  # fmt: skip
                 self.engine.backward(terms.total)
-            self.heartbeat.move(f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}")
+            self.heartbeat.count_progress(
+                f"training, step {batch.step + 1}, micro-batch {batch.micro + 1}"
+            )
             tally.labelled += int((known(batch.labels_B) & batch.valid_B).sum())
             parts = torch.stack([terms.total.detach(), terms.soft, terms.hard, terms.feature])
             # each row has the same weight in the log, whatever its batch

@@ -32,14 +32,14 @@ def lost_command(phase, number, *given):
     """The command; this process sends itself a signal when it comes to this phase."""
     from sead_dist.runtime.heartbeat import Heartbeat
 
-    at = Heartbeat.at
+    at = Heartbeat.set_activity
 
     def lost_at(self, doing):
         at(self, doing)
         if doing == phase:
             os.kill(os.getpid(), number)
 
-    Heartbeat.at = lost_at
+    Heartbeat.set_activity = lost_at
     _command(*given)
 
 

@@ -79,7 +79,7 @@ def test_a_rank_that_works_on_while_others_wait_is_no_hang(heartbeat):
         assert heartbeat.end_reason(float(now)) is None
 
 
-def test_a_rank_that_ended_in_good_order_is_not_mourned(heartbeat):
+def test_a_rank_that_ended_without_an_error_is_not_lost(heartbeat):
     beat(heartbeat, 1, 1)
     beat(heartbeat, 2, 1)
     heartbeat.read_signs(1.0)
@@ -89,7 +89,7 @@ def test_a_rank_that_ended_in_good_order_is_not_mourned(heartbeat):
     assert heartbeat.end_reason(50.0) is None
 
 
-def test_a_stop_that_was_asked_of_another_rank_is_heard(heartbeat):
+def test_a_stop_that_was_asked_of_another_rank_stops_this_one(heartbeat):
     heartbeat.progress_or_stop("teacher a")
     beat(heartbeat, 1, 1, stop=12)
     heartbeat.read_signs(1.0)
