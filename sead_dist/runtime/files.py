@@ -149,9 +149,24 @@ def put_back(target: Path) -> None:
 
 def _discard(older: Path) -> None:
     """Remove an old folder. It is renamed first, so that no part of it is ever put back."""
-    aside = _beside(older.with_name(_name_of(older)), ASIDE)
+    _remove_renamed(older, older.with_name(_name_of(older)))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder. It is renamed first, so that a kill never leaves a part under its name. What
+    a killed removal left beside it is removed too. No other process may write the folder
+    meanwhile. Raises OSError."""
+    for left in folder.parent.glob(f".{escape(folder.name)}.*{ASIDE}"):
+        if _name_of(left) == folder.name:
+            _remove(left)
+    _remove_renamed(folder, folder)
+
+
+def _remove_renamed(folder: Path, named: Path) -> None:
+    """Remove a folder under a name aside of `named`."""
+    aside = _beside(named, ASIDE)
     with suppress(FileNotFoundError):
-        older.rename(aside)
+        folder.rename(aside)
         _remove(aside)
 
 

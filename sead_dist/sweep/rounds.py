@@ -6,7 +6,6 @@ Processes of one machine share a round. Processes of other machines take other r
 
 import fcntl
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from sead_dist.config.schema import TeacherConfig
 from sead_dist.errors import UserError
 from sead_dist.runs.claim import open_lock, takes, try_lock, weights_now
 from sead_dist.runtime.console import counted
+from sead_dist.runtime.files import remove_folder
 from sead_dist.runtime.run_log import is_finished, read_as, tell
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit
 
@@ -64,15 +64,6 @@ def is_ready(grid: Grid, unit: Unit) -> bool:
     return all(is_finished(need) and (has_model(need) or not made) for need in unit.needs)
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder. It is renamed first, so that a kill never leaves a part under its name."""
-    aside = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.is_dir():
-        folder.replace(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _all_taught(grid: Grid, task: str) -> bool:
     """Whether all students of the task are finished: those of the grid, and those that another
     command has begun in this folder."""
@@ -86,10 +77,10 @@ def tidy(grid: Grid, unit: Unit) -> None:
     a task, remove the models of its teachers."""
     if grid.keep_models or unit.method == TEACHERS:
         return
-    remove(unit.folder / "model")
+    remove_folder(unit.folder / "model")
     if grid.own_teachers and _all_taught(grid, unit.task):
         for teacher in unit.needs:
-            remove(teacher / "model")
+            remove_folder(teacher / "model")
 
 
 def again_lines(grid: Grid) -> Iterator[str]:
@@ -147,12 +138,12 @@ def clear_lost(grid: Grid, unit: Unit) -> None:
     if unit.method != TEACHERS or not is_finished(unit.folder):
         return
     tell(f"{unit.title}: its model is gone, so it is made again")
-    remove(unit.folder)
+    remove_folder(unit.folder)
     for student in grid.students(unit.task):
         if student.config.taught and not is_finished(student.folder):
             with try_lock(lock_of(student)) as taken:  # another process may be running it
                 if taken:
-                    remove(student.folder)
+                    remove_folder(student.folder)
 
 
 def undo_others(grid: Grid, unit: Unit) -> list[Unit]:
@@ -169,7 +160,7 @@ def undo_others(grid: Grid, unit: Unit) -> list[Unit]:
             with try_lock(lock_of(other)) as taken:
                 if taken:
                     tell(f"{other.title}: it had other teachers, so it is done again")
-                    remove(other.folder)
+                    remove_folder(other.folder)
                     undone.append(other)
     return undone
 

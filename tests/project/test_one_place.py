@@ -13,8 +13,27 @@ def names_of(tree: ast.Module) -> set[str]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
     }
-    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return dotted | {func.id for func in calls if isinstance(func, ast.Name)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    plain = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    return dotted | plain | {"Path.rename" for call in calls if renames_path(call)}
+
+
+def renames_path(call: ast.Call) -> bool:
+    """Whether it is `path.rename(other)` or `path.replace(other)`: one place alone is given, while
+    a text, a table and a time are replaced by more, or by name."""
+    named = isinstance(call.func, ast.Attribute) and call.func.attr in ("rename", "replace")
+    return named and len(call.args) == 1 and not call.keywords
+
+
+def test_a_path_that_is_renamed_is_found_by_any_name():
+    for line, found in (
+        ("folder.replace(aside)", True),
+        ("(root / name).rename(other)", True),
+        ("text.replace('a', 'b')", False),
+        ("data.rename(columns=str)", False),
+        ("replace(config, seed=1)", False),
+    ):
+        assert ("Path.rename" in names_of(ast.parse(line))) is found
 
 
 # the heartbeat of several ranks, the task of a SLURM job and a bar in a notebook
@@ -30,7 +49,7 @@ RENAMES = {"runtime/files.py", "store/layout.py", "teachers/pool.py"}
     ("names", "places"),
     [
         ({"print", "sys.stdout", "sys.stderr", "sys.exit", "os._exit", "SystemExit"}, PRINTS),
-        ({"os.replace", "os.rename", "os.fsync", "shutil.move"}, RENAMES),
+        ({"os.replace", "os.rename", "os.fsync", "shutil.move", "Path.rename"}, RENAMES),
         (
             {"yaml.load", "yaml.safe_load", "yaml.full_load", "yaml.dump", "yaml.safe_dump"},
             {"config/yaml_text.py"},

@@ -3,11 +3,12 @@
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sead_dist.runtime.files import folder_aside, put_folder, sweep_leftovers
+from sead_dist.runtime.files import folder_aside, put_folder, remove_folder, sweep_leftovers
 
 
 def folder_of(path: Path, text: str) -> Path:
@@ -84,8 +85,8 @@ def test_a_link_in_its_place_is_replaced_and_what_it_leads_to_stays(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "model"]
 
 
-def killed_at(target: Path, moment: int) -> None:
-    """Write `target` anew in a process that is killed at a step of putting it into its place."""
+def killed_at(target: Path, moment: int, do: Callable[[Path], None] = write_new) -> None:
+    """Write `target` anew, or remove it, in a process that is killed at a step of that."""
     child = os.fork()
     if child == 0:
         left = [moment]
@@ -101,9 +102,19 @@ def killed_at(target: Path, moment: int) -> None:
 
         # two renames, one of the old folder before it is removed, and its files
         os.rename, os.unlink = map(counted, (os.rename, os.unlink))
-        write_new(target)
+        do(target)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_a_kill_at_any_step_of_a_removal_leaves_the_whole_folder_or_none(tmp_path, moment):
+    target = folder_of(tmp_path / "seed-1", "old")
+    folder_of(tmp_path / ".seed-1.other.0123456789abcdef.aside", "another's")
+    killed_at(target, moment, remove_folder)
+    assert (held(target) if target.exists() else None) == [OLD, None, None][moment]
+    remove_folder(target)
+    assert os.listdir(tmp_path) == [".seed-1.other.0123456789abcdef.aside"]
 
 
 @pytest.mark.parametrize("moment", range(5))

@@ -11,11 +11,11 @@ from small import ALONE, CPU, read, records, sweep_words
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.pretrained import locate, weights_hash
 from sead_dist.runtime.distributed import World
-from sead_dist.sweep import rounds
+from sead_dist.runtime.files import remove_folder
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.checks import check_jobs
 from sead_dist.sweep.grid import make_grid
-from sead_dist.sweep.rounds import again_lines, is_ready, remove, try_join
+from sead_dist.sweep.rounds import again_lines, is_ready, try_join
 from sead_dist.sweep.run import Memory, choose, run_sweep, time_left
 
 # what is left of a run whose folder went through a version control or a small disk
@@ -198,12 +198,12 @@ def test_a_model_is_removed_whole_or_not_at_all(tmp_path, monkeypatch):
     model.mkdir()
     (model / "config.json").write_text("{}")
     with monkeypatch.context() as killed:
-        killed.setattr(rounds.shutil, "rmtree", lambda *_, **__: None)
-        remove(model)
+        killed.setattr(shutil, "rmtree", lambda *_, **__: None)
+        remove_folder(model)
     assert not model.exists()
     # what the kill left is not a hindrance, and goes with the next
     model.mkdir()
-    remove(model)
+    remove_folder(model)
     assert not list(tmp_path.iterdir())
 
 
