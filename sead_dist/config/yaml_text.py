@@ -139,15 +139,15 @@ class _LineDumper(_Dumper):
 _LineDumper.add_representer(str, _LineDumper.represent_str)
 
 
-def to_yaml(value: Any, **style: Any) -> str:
+def to_yaml(value: Any, dumper: type[_Dumper] = _Dumper, **style: Any) -> str:
     """A value as YAML that `parse_yaml` reads back. style: as for `yaml.dump`."""
-    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **style))
+    return str(yaml.dump(value, Dumper=dumper, sort_keys=False, **style))
 
 
 def to_flow(value: Any) -> str:
     """A list or mapping as one line of YAML, which a file and an override read back."""
     style = {"default_flow_style": True, "allow_unicode": True, "width": sys.maxsize}
-    return str(yaml.dump(value, Dumper=_LineDumper, sort_keys=False, **style)).strip()
+    return to_yaml(value, _LineDumper, **style).strip()
 
 
 def dump_config(config: RunConfig) -> str:

@@ -150,8 +150,10 @@ def in_task_order(logits: torch.Tensor, choices: int, order_C: list[int]) -> tor
 def read_class_order(text: str | None) -> Labels:
     """What `--labels` gives: `a,b,c` or `task_order`. A name with a comma stands in quotation
     marks, as in YAML."""
-    if text is None or text == "task_order":
-        return text
+    if text is None:
+        return None
+    if text == "task_order":
+        return "task_order"
     inside = text.strip()
     inside = inside[1:-1] if encloses(inside, "[", "--labels") else inside
     return [
