@@ -61,12 +61,15 @@ def pytest_collection_finish() -> None:
 def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The default store of this session's runs; their measured rates and remembered hashes
     lie beside it."""
+    from self_checks import KEPT_IN
+
     folder = tmp_path_factory.mktemp("store") / "default"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEAD_DIST_STORE", str(folder))
         patch.setenv("SEAD_DIST_RATES", str(folder.with_name("rates.json")))
         patch.setenv("SEAD_DIST_HASHES", str(folder.with_name("hashes")))
         patch.setenv("SEAD_DIST_REPAIRED", str(folder.with_name("repaired")))
+        patch.setenv(KEPT_IN, str(folder.with_name("tried")))
         yield folder
 
 
@@ -88,6 +91,14 @@ def whole_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     from pictures import draw_pictures
 
     draw_pictures(monkeypatch)
+
+
+@pytest.fixture
+def all_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run tries all that a person's run tries before its first step."""
+    from self_checks import KEPT_IN
+
+    monkeypatch.delenv(KEPT_IN)
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

@@ -13,7 +13,11 @@ MODULES = (
     *("transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"),
     *("sklearn.metrics", "matplotlib.figure", "matplotlib.backends.backend_agg"),
     *("pyarrow.dataset", "deepspeed", "torch.profiler", "torch.distributed.fsdp"),
-    *("transformers.modeling_layers", "pytest", "small", "pictures"),
+    # what these libraries import when they are first called
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer"),
+    *("torch.distributed.algorithms.ddp_comm_hooks.default_hooks", "rich._emoji_codes"),
+    *("torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook", "multiprocessing.popen_fork"),
+    *("transformers.modeling_layers", "pytest", "small", "pictures", "self_checks"),
 )
 
 
@@ -26,8 +30,10 @@ def warm_up() -> None:
         importlib.import_module(name)
     import pictures
     import pytest
+    import self_checks
 
     pictures.keep_blanks(pytest.MonkeyPatch())
+    self_checks.make_once(pytest.MonkeyPatch())
     gc.freeze()
     gc.enable()
 

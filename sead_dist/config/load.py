@@ -267,11 +267,10 @@ def load_config(words: Sequence[str]) -> RunConfig:
 def read_layers(words: Sequence[str]) -> list[Mapping[str, Any]]:
     """The keys of each file, then of each KEY=VALUE override. Later ones replace earlier ones."""
     layers: list[Mapping[str, Any]] = []
-    known = {key.name for key in all_keys()}
     for place, word in enumerate(words):
         if "=" in word:
             continue
-        if word in known and not os.path.exists(word):
+        if not os.path.exists(word) and word in {key.name for key in all_keys()}:
             value = words[place + 1].lstrip("=") if place + 1 < len(words) else "VALUE"
             raise UserError(f"{word} is a key, and has no value; write {word}={value}")
         path = find_config(word)

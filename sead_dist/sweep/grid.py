@@ -146,38 +146,18 @@ def make_grid(words: Sequence[str]) -> Grid:
         reject_push(common, "a sweep")
         texts += filter(None, [common.unlabeled.path])
         made = teacher_units(task.name, common, layers, named(sweep.finetune, task.name))
-        fitting: list[tuple[str, RunConfig]] = []
-        for arm in arms:
-            more = by_arm.get(arm.name, {})
-            if more is None:
-                unfit[task.name, arm.name] = "per_task leaves it out"
-                continue
-            own = named(merge(arm.keys, more), task.name)
-            config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
-            reject_push(config, "a sweep")
-            reason = method_problem(config, task.task_kind)
-            if reason is not None:
-                unfit[task.name, arm.name] = reason
-            else:
-                fitting.append((arm.name, config))
+        fitting, reasons = fitting_arms(task, arms, layers, by_arm, made)
+        unfit |= reasons
         if made and not any(reads_teachers(config) for _, config in fitting):
             unread.append(task.name)
             made = []
             fitting = [(arm, of.model_copy(update={"teachers": []})) for arm, of in fitting]
         teachers += made
         students += student_units(task.name, fitting, sweep.seeds, made)
-    outputs = {unit.folder.parent.parent.parent for unit in students}
-    if len(outputs) != 1:
-        found = " and ".join(sorted(map(str, outputs)))
-        raise UserError(
-            f"output_dir is {found}, and a sweep has one folder; give the same for all tasks"
-            if found
-            else f"no method can be run: {'; '.join(dict.fromkeys(unfit.values()))}; give another "
-            "method"
-        )
+    output = only_output(students, unfit)
     reject_text_without_teachers(texts, students)
     return Grid(
-        outputs.pop(),
+        output,
         tuple(words),
         {task.name: task for task in tasks},
         arms,
@@ -191,6 +171,48 @@ def make_grid(words: Sequence[str]) -> Grid:
         jobs=sweep.jobs,
         unread=tuple(unread),
     )
+
+
+def fitting_arms(
+    task: TaskSpec,
+    arms: Sequence[Arm],
+    layers: Sequence[Mapping[str, Any]],
+    by_arm: Mapping[str, Mapping[str, Any] | None],
+    made: Sequence[Unit],
+) -> tuple[list[tuple[str, RunConfig]], dict[tuple[str, str], str]]:
+    """(arm, its configuration on a task) of the arms that can be run on it, and the reasons of the
+    others, by task and arm. by_arm: more keys of an arm there; None leaves it out. made: the
+    teachers that are fine-tuned on the task."""
+    fitting: list[tuple[str, RunConfig]] = []
+    unfit: dict[tuple[str, str], str] = {}
+    for arm in arms:
+        more = by_arm.get(arm.name, {})
+        if more is None:
+            unfit[task.name, arm.name] = "per_task leaves it out"
+            continue
+        own = named(merge(arm.keys, more), task.name)
+        config = student_config(made, resolve([*layers, {"method": arm.method}, own]))
+        reject_push(config, "a sweep")
+        reason = method_problem(config, task.task_kind)
+        if reason is not None:
+            unfit[task.name, arm.name] = reason
+        else:
+            fitting.append((arm.name, config))
+    return fitting, unfit
+
+
+def only_output(students: Sequence[Unit], unfit: Mapping[tuple[str, str], str]) -> Path:
+    """The folder of all students. Raises UserError where there are several, or no student."""
+    outputs = {unit.folder.parent.parent.parent for unit in students}
+    if len(outputs) != 1:
+        found = " and ".join(sorted(map(str, outputs)))
+        raise UserError(
+            f"output_dir is {found}, and a sweep has one folder; give the same for all tasks"
+            if found
+            else f"no method can be run: {'; '.join(dict.fromkeys(unfit.values()))}; give another "
+            "method"
+        )
+    return outputs.pop()
 
 
 def reject_text_without_teachers(texts: Sequence[str], students: Sequence[Unit]) -> None:

@@ -58,6 +58,7 @@ def test_the_notebook_is_kept_without_outputs():
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_in_a_kernel_and_shows_bars(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

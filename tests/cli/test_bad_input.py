@@ -482,6 +482,7 @@ def test_nan_logits_name_teacher_step_and_example(words, distil, teachers, tmp_p
     assert last.name == f"step-{int(found[1]) - 1:08d}"
 
 
+@pytest.mark.slow
 def test_two_ranks_tell_nan_logits_once(cli, words, teachers, tmp_path):
     more = spoilt(teachers, tmp_path)
     result = cli("distill", *words(tmp_path / "run", *more), ranks=2)

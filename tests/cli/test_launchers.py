@@ -197,6 +197,7 @@ def test_accelerate_that_sees_another_world_is_refused():
         check_world(1, World(0, 2, torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_fsdp_asked_for_by_accelerate_launch_is_refused(words, tmp_path):
     done = launch([], words(tmp_path / "run"), tmp_path, ACCELERATE_USE_FSDP="true")
     refused(done, "ACCELERATE_USE_FSDP=true")

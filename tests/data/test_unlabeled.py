@@ -221,6 +221,7 @@ def test_what_is_wrong_with_a_file_is_said_of_chunks_too(tmp_path, name, content
         list(row_chunks(path, SST2, False, 2))
 
 
+@pytest.mark.slow
 def test_a_long_file_needs_no_more_memory_than_what_is_used_of_it(data, monkeypatch):
     (data / "long.tsv").write_text(
         "sentence\n" + "".join(f"row number {n}\n" for n in range(40000))
@@ -246,6 +247,7 @@ def test_capitals_and_blanks_make_no_other_sentence():
     assert sentence_hash(" \u00a0\t", known) == 0
 
 
+@pytest.mark.slow
 def test_no_more_text_is_kept_than_the_longest_run_reads(data, monkeypatch):
     monkeypatch.setattr(automatic, "MOST_STEPS", 50)
     monkeypatch.setattr(unlabeled, "CHUNK", 1000)

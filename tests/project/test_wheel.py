@@ -123,6 +123,7 @@ def test_constraints_pin_every_requirement_to_a_public_version(site):
             assert name.lower().replace("_", "-") in pins, line
 
 
+@pytest.mark.slow
 def test_unpacked_wheel_finds_its_own_configs_by_name(site, tmp_path):
     where = "import sead_dist.config.load as c; print(c.config_folder())"
     done = run(sys.executable, "-c", where, cwd=tmp_path, PYTHONPATH=site)

@@ -143,7 +143,10 @@ def test_the_lines_of_the_document_run(exported, tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"\['(positive|negative)'\]\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("task", ["copa", "stsb", "mnli"])
+@pytest.mark.parametrize(
+    "task",
+    ["copa", *(pytest.param(task, marks=pytest.mark.slow) for task in ("stsb", "mnli"))],
+)
 def test_choices_scores_and_several_splits_are_compared(task, grammar, tmp_path, monkeypatch):
     labels = {"mnli": ["neutral", "contradiction", "entailment"]}.get(task, ["score"])
     model = save_random_bert(tmp_path / "m", grammar / "tokenizer", labels)

@@ -46,6 +46,7 @@ def killable(task, root: Path) -> list[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_invariant_06_tinybert_killed_in_each_stage_ends_as_the_same_student(tmp_path, two_alike):
     whole, root = tmp_path / "whole", tmp_path / "killed"
     finish(

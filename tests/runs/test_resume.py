@@ -4,6 +4,7 @@ A test watches for the moment, stops the process (SIGSTOP) to see that it is sti
 it, and then kills it (SIGKILL).
 """
 
+import functools
 import json
 import os
 import random
@@ -174,22 +175,25 @@ def kill_ranks(root: Path, ranks, moment) -> None:
 
 
 @pytest.fixture(scope="module")
-def references(two_kinds, tmp_path_factory):
-    """The uninterrupted runs' students, by number of ranks."""
-    found = {}
-    for size in (1, 2):
+def reference(two_kinds, tmp_path_factory):
+    """The students of the uninterrupted run on so many ranks, made once."""
+
+    @functools.cache
+    def students_of(size: int):
         root = tmp_path_factory.mktemp(f"whole-{size}")
         finish(start_run(size, root, given_words(two_kinds, root)), root / "ranks", 120.0)
-        found[size] = students(root / "run")
-        check_finished(root, found[size], size)
+        found = students(root / "run")
+        check_finished(root, found, size)
         assert read(root / "run" / "run_summary.json")["teacher_forwards"] == PAIRS
         assert computed_rows(root) == PAIRS
-    return found
+        return found
+
+    return students_of
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_invariant_06_killed_again_and_again_the_student_is_the_same(
-    tmp_path, two_kinds, references, size
+    tmp_path, two_kinds, reference, size
 ):
     given = given_words(two_kinds, tmp_path)
     chance = random.Random(size)
@@ -203,7 +207,7 @@ def test_invariant_06_killed_again_and_again_the_student_is_the_same(
         assert newest(tmp_path) >= before
     assert 0 < newest(tmp_path) < STEPS
     finish(start_run(size, tmp_path, given), tmp_path / "ranks", 120.0)
-    check_finished(tmp_path, references[size], size)
+    check_finished(tmp_path, reference(size), size)
     # what lay in the store is not computed twice; a block half written is lost, once
     assert computed_rows(tmp_path) <= PAIRS
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -218,7 +222,7 @@ def test_invariant_06_killed_again_and_again_the_student_is_the_same(
     ],
 )
 def test_invariant_06_the_real_command_killed_and_given_again(
-    tmp_path, two_kinds, references, size, moments
+    tmp_path, two_kinds, reference, size, moments
 ):
     command = [*RANKS[size], *given_words(two_kinds, tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -227,7 +231,7 @@ def test_invariant_06_the_real_command_killed_and_given_again(
         assert newest(tmp_path) < STEPS
     again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    check_finished(tmp_path, references[size], size)
+    check_finished(tmp_path, reference(size), size)
     if size == 1:
         before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "run").rglob("*"))
         third = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
@@ -278,7 +282,7 @@ def copy_of(halfway: Path, root: Path) -> Path:
 
 
 def test_invariant_06_what_may_change_on_a_resume_changes_nothing_in_one_rank(
-    tmp_path, two_kinds, references, halfway
+    tmp_path, two_kinds, reference, halfway
 ):
     root = copy_of(halfway, tmp_path)
     changed = given_words(
@@ -286,7 +290,7 @@ def test_invariant_06_what_may_change_on_a_resume_changes_nothing_in_one_rank(
         store=tmp_path / "another-store",
     )  # fmt: skip
     run_ranks(1, root / "ranks", run_distill, changed)
-    check_finished(root, references[1])
+    check_finished(root, reference(1))
 
 
 def test_invariant_06_a_run_may_go_on_with_another_number_of_ranks(tmp_path, two_kinds, halfway):
@@ -336,7 +340,7 @@ def test_invariant_06_another_run_is_refused_and_what_differs_is_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(6))
-def test_invariant_06_killed_at_moments_drawn_by_chance(tmp_path, two_kinds, references, attempt):
+def test_invariant_06_killed_at_moments_drawn_by_chance(tmp_path, two_kinds, reference, attempt):
     chance = random.Random(attempt)
     size = 1 + attempt % 2
     given = given_words(two_kinds, tmp_path)
@@ -350,4 +354,4 @@ def test_invariant_06_killed_at_moments_drawn_by_chance(tmp_path, two_kinds, ref
         if not all(ended):
             break
     finish(start_run(size, tmp_path, given), tmp_path / "ranks", 180.0)
-    check_finished(tmp_path, references[size], size)
+    check_finished(tmp_path, reference(size), size)

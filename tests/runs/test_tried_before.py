@@ -12,6 +12,8 @@ from sead_dist.errors import UserError
 from sead_dist.reporting import report
 from sead_dist.runs.distillation import distill
 
+pytestmark = pytest.mark.usefixtures("all_tried")
+
 
 @pytest.fixture
 def task(tiny_task):

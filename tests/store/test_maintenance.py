@@ -257,6 +257,7 @@ print(rounds)
 """
 
 
+@pytest.mark.slow
 def test_two_compacts_run_beside_readers_and_writers_and_nobody_notices(tmp_path):
     ids = make_ids(2000)
     StoreFolder(tmp_path)

@@ -364,6 +364,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_a_sound_store(tmp_path, told):
     ids, key = make_ids(3000), make_key()
     rng = np.random.default_rng(0)

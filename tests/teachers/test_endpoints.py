@@ -398,6 +398,7 @@ def run_quickly(world, given):
     run_distill(world, given)
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_fails_goes_on_where_it_was(task, tmp_path, serve, monkeypatch):
     monkeypatch.setenv(endpoint.KEY_VARIABLE, KEY)
     data, encoder = task

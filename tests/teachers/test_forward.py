@@ -95,8 +95,15 @@ def test_invariant_03_a_prediction_has_the_same_bits_in_any_company(kind, dtype)
             np.testing.assert_array_equal(ask(model, rows, free_from), expected[rows])
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("bert", "fp32"),
+        ("roberta", "bf16"),
+        pytest.param("bert", "bf16", marks=pytest.mark.slow),
+        pytest.param("roberta", "fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_invariant_03_a_prediction_has_the_same_bits_on_any_number_of_threads(kind, dtype):
     model = teacher(kind, dtype)
     before = torch.get_num_threads()

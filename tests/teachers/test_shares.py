@@ -69,6 +69,7 @@ def rows_of(run):
     return found
 
 
+@pytest.mark.slow
 def test_invariant_03_and_08_a_teacher_is_split_by_measured_cost_and_the_student_is_the_same(
     tmp_path, task
 ):

@@ -219,6 +219,7 @@ def saved(tmp_path_factory):
     return root, found
 
 
+@pytest.mark.slow
 def test_invariant_06_every_stage_resumes_bit_for_bit(saved):
     for way in WAYS:
         assert saved[1][0][way, "tensors"] > 15
@@ -390,6 +391,7 @@ def average_in_every_way(world, ways):
     return found
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_is_that_of_one_rank_whatever_the_stage(tmp_path):
     (alone,) = run_ranks(1, tmp_path / "alone", average_in_every_way, [None])
     ways = [None, "zero2", "zero3"]
