@@ -36,6 +36,7 @@ from sead_dist.runtime.run_log import (
     is_finished,
     noted,
     read_as,
+    read_if_written,
     read_metrics,
     write_json,
 )
@@ -380,13 +381,8 @@ def read_student_store(run: Path) -> tuple[str, str] | None:
 
     Raises UserError where the record cannot be read.
     """
-    try:
-        record = read_as(StudentStore, run / STUDENT_STORE)
-    except UserError:
-        if (run / STUDENT_STORE).exists():
-            raise
-        return None
-    return record["store"], record["id"]
+    record = read_if_written(StudentStore, run / STUDENT_STORE)
+    return None if record is None else (record["store"], record["id"])
 
 
 def remove_student_store(run: Path) -> None:

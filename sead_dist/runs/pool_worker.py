@@ -31,7 +31,7 @@ from sead_dist.runs.requests import tell_requests
 from sead_dist.runtime.console import counted
 from sead_dist.runtime.distributed import StopFlag, World, node_name
 from sead_dist.runtime.heartbeat import StopRequestedError
-from sead_dist.runtime.run_log import RunLog, is_finished, noted, read_as, tell, write_json
+from sead_dist.runtime.run_log import RunLog, is_finished, noted, read_if_written, tell, write_json
 from sead_dist.runtime.surroundings import quiet_libraries
 from sead_dist.store.layout import Layout, store_folder
 from sead_dist.store.store import StoreFolder
@@ -288,13 +288,9 @@ def reject_other_student(student: StudentRun) -> None:
     Without a student in the run directory there is nothing to compare.
     """
     run, teachers = student.run, student.teachers
-    manifest = run / "teacher_manifest.json"
-    try:
-        expected = read_as(list[Expected], manifest)
-    except UserError:
-        if manifest.exists():
-            raise
-        return  # the student has not written its manifest yet
+    expected = read_if_written(list[Expected], run / "teacher_manifest.json")
+    if expected is None:  # the student has not written its manifest yet
+        return
     remedy = "give worker and student the same keys and files, or give another output_dir"
     if len(expected) != len(teachers):
         raise UserError(

@@ -85,6 +85,17 @@ def read_as(kind: Any, path: Path, key: str | None = None) -> Any:
         return check.validate_python(found if key is None else found[key])
 
 
+def read_if_written(kind: Any, path: Path) -> Any:
+    """As `read_as`; None where the file is missing. Another process may write it meanwhile."""
+    try:
+        return read_as(kind, path)
+    except UserError as error:
+        # a later look at the path would find what was written after the read
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
 def is_finished(run: Path) -> bool:
     """Whether this run directory holds a run that came to its end."""
     summary = run / "run_summary.json"

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sead_dist.runtime.run_log import (
     RunLog,
     environment,
     noted,
+    read_if_written,
     read_json,
     read_metrics,
     tell,
@@ -299,3 +301,21 @@ def test_environment_tells_versions_and_nothing_private(monkeypatch):
     assert "hf_abcdefghijklmnop" not in text
     assert os.path.expanduser("~") not in text
     assert os.uname().nodename not in text
+
+
+def test_a_file_that_is_written_while_it_is_looked_for_is_missing_and_no_mistake(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "student.json"
+
+    def missing_then_written(self, *_):
+        monkeypatch.undo()
+        path.write_text('{"store": "a"}')
+        raise FileNotFoundError(2, "No such file or directory", str(self))
+
+    monkeypatch.setattr(Path, "read_text", missing_then_written)
+    assert read_if_written(dict[str, str], path) is None
+    assert read_if_written(dict[str, str], path) == {"store": "a"}
+    path.write_text("[")
+    with pytest.raises(UserError, match=r"student\.json is not JSON"):
+        read_if_written(dict[str, str], path)
