@@ -143,7 +143,13 @@ def write_rows(folder, task):
     return folder
 
 
-@pytest.mark.parametrize("name", ["stsb-h256", "mnli-h384", "mrpc-h256"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stsb-h256",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mnli-h384", "mrpc-h256")),
+    ],
+)
 def test_scores_and_several_splits_and_metrics_are_reproduced_too(name, models, tmp_path):
     task, _, width = name.partition("-h")
     data = FIXTURES / task if task == "mnli" else write_rows(tmp_path / "data", task)

@@ -122,6 +122,7 @@ def test_the_dry_run_prints_a_file_and_leaves_nothing(one_teacher, tmp_path, cap
     assert not (tmp_path / "jobs").exists()
 
 
+@pytest.mark.slow
 def test_launch_slurm_py_is_sead_dist_submit(one_teacher, tmp_path, capsys):
     import sys
     from pathlib import Path
