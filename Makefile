@@ -5,9 +5,11 @@ VENV := .venv
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
 # Tests of one file share what they made, so one worker runs all tests of a file. The files have the
-# order that tests/conftest.py gives them.
-WORKERS ?= 2
-SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=20
+# order that tests/conftest.py gives them. Tests wait for processes a sixth of their time, so a third
+# worker takes an eighth off on two cores. A slow test starts more processes, so two workers do there.
+WORKERS ?= 3
+SLOW_WORKERS ?= 2
+SHARED := --dist loadfile --no-loadscope-reorder --durations=20
 
 .PHONY: help setup demo peers test test-slow test-slurm test-quantize test-browser \
 	screenshot check clean
@@ -28,7 +30,7 @@ demo: setup ## fine-tune teachers and distil them on the built-in task, two proc
 		-m sead_dist demo
 
 test: setup ## all tests but the slow ones and those that need a cluster or a browser
-	$(PYTEST) $(SHARED) -m 'not slow and not slurm and not browser'
+	$(PYTEST) -n $(WORKERS) $(SHARED) -m 'not slow and not slurm and not browser'
 
 # a benchmark alone needs it, so it is kept out of the environment itself
 peers: setup ## install TextBrewer, which a benchmark compares with, for test-slow
@@ -36,7 +38,7 @@ peers: setup ## install TextBrewer, which a benchmark compares with, for test-sl
 		--target $(VENV)/peers textbrewer
 
 test-slow: setup ## the slow tests, with a smoke test of every benchmark
-	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) $(SHARED) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
+	PYTHONPATH=$(CURDIR)/$(VENV)/peers $(PYTEST) -n $(SLOW_WORKERS) $(SHARED) -m 'slow and not slurm' || [ $$? -eq 5 ] # 5: there are none
 
 test-slurm: setup ## the tests that need a cluster; tests/cluster/start.sh says how to get one
 	$(PYTEST) -m slurm tests/cluster
