@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -260,8 +261,14 @@ def task_from(raw: dict[str, Any], where: str) -> TaskSpec:
     return task
 
 
+@cache
+def _checker() -> TypeAdapter[TaskSpec]:
+    # made once: it takes longer than a check
+    return TypeAdapter(TaskSpec)
+
+
 def _validated(raw: dict[str, Any]) -> TaskSpec:
-    return TypeAdapter(TaskSpec).validate_python(raw)
+    return _checker().validate_python(raw)
 
 
 def _mistake(error: ValidationError, raw: dict[str, Any]) -> str:
