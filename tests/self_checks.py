@@ -73,7 +73,7 @@ def remembered_padding(
     if is_own_code(type(config)):
         return probed_padding(tokenizer, config, max_length)
     words = type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map
-    ways = tokenizer.padding_side, tokenizer.model_input_names, tokenizer.pad_token_id
+    ways = tokenizer.padding_side, tokenizer.model_input_names, tokenizer.pad_token_type_id
     shape = {**config.to_dict(), "_name_or_path": None}
     facts = "padding", words, ways, shape, max_length
     padding: Padding = once(facts, lambda: probed_padding(tokenizer, config, max_length))
@@ -86,8 +86,9 @@ def remembered_report(try_report: Callable[[RunSetup], None]) -> Callable[[RunSe
     def remembered(setup: RunSetup) -> None:
         task = setup.task
         facts = (
-            *("report", task.name, task.labels, task.metrics, list(setup.splits.official)),
-            *([one.name for one in setup.teachers], setup.config.method),
+            *("report", task.name, task.kind, task.labels, task.score_range, task.metrics),
+            *(list(setup.splits.official), [one.name for one in setup.teachers]),
+            *(setup.config.method, setup.config.prediction_texts),
         )
         once(facts, lambda: try_report(setup))
 

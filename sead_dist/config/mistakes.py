@@ -137,8 +137,10 @@ def as_yaml(value: Any) -> str:
 def as_list(value: object, fits: Callable[[Any], bool]) -> str:
     """The end of the message "expected a list": a list that fits the key, of what was given, or of
     the form that it has; nothing where none fits."""
+    # a list of numbers takes some texts as numbers that are not meant (0-5 is -5 to pydantic)
+    numbers = fits(FORMS[0][0]) and not fits(FORMS[1][0])
     for meant in _meant_lists(value):
-        if fits(meant):
+        if fits(meant) and not (numbers and any(isinstance(one, str) for one in meant)):
             return f"; give {to_flow(meant)}"
     return next((f"; give {form}" for example, form in FORMS if fits(example)), "")
 

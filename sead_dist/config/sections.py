@@ -165,6 +165,15 @@ class StudentConfig(Section):
     tokenizer: str | None = None
     """tokeniser's id or folder; null: of student.path, else of the first teacher"""
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def check_layers(cls, layers: Any) -> Any:
+        """Reject texts that are no numbers: pydantic reads 0-5 as -5."""
+        for one in layers if isinstance(layers, list) else ():
+            if isinstance(one, str) and not re.fullmatch(r"-?\d+", one.strip()):
+                raise ValueError("expected the numbers of layers; give [0, 2, 4]")
+        return layers
+
 
 class RepairConfig(Section):
     """The repair of a start with few layers."""

@@ -274,7 +274,9 @@ def _unquoted(text: str) -> Iterator[tuple[int, str]]:
         elif not mark and letter in "\"'" and before in ("", "[", "{", ",", ":"):
             mark = letter
         elif not mark:
-            before = letter if letter.strip() else before
+            # YAML writes "? " before a long or an empty key
+            opens_key = before in ("", "{", ",") and text[place : place + 2] == "? "
+            before = letter if letter.strip() and not opens_key else before
             yield place, letter
 
 
@@ -285,11 +287,13 @@ def encloses(text: str, bracket: str, where: str) -> bool:
     """
     if not text.startswith(bracket):
         return False
-    depth = 0
-    for place, letter in _unquoted(text):
-        depth += (letter == bracket) - (letter == PAIRS[bracket])
-        if depth == 0:
-            return place == len(text) - 1
+    # where a quotation mark is not closed (Q: 'tis), it is a letter like others
+    for letters in (_unquoted(text), enumerate(text)):
+        depth = 0
+        for place, letter in letters:
+            depth += (letter == bracket) - (letter == PAIRS[bracket])
+            if depth == 0:
+                return place == len(text) - 1
     raise UserError(
         f"{where}, {text!r}, has a {bracket} that is not closed; close it, or put a path in "
         "quotation marks"

@@ -186,7 +186,7 @@ def _read_format(layout: Layout) -> int:
     """The store's format. Raises UserError for one that this version does not read."""
     path = layout.root / "format.json"
     try:
-        text = path.read_bytes().decode(errors="replace")
+        text = path.read_bytes().decode("utf-8-sig", errors="replace")
     except OSError as error:
         line = f"{path} cannot be read: {reason(error)}; correct that, or give another store=DIR"
         raise rejection(line, error) from error

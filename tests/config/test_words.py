@@ -91,7 +91,7 @@ def test_what_yaml_says_of_lists_and_mappings_still_holds():
         *("a, b", "a]", "[a", "it's", "'a', 'b'", 'say "a, b"', "a: b", "{a}", "a}"),
         *("\\", '\\", x', "\\'"),
         *("a\nb", " a ", "", "null", "true", "007", "1e5", "#x", "ä", "- a", "?", "a ''b', c"),
-        *("a\r\nb", "a\u2028b", "? a", "x" * 200),
+        *("a\r\nb", "a\u2028b", "? a", "x" * 200, "a\nb, c", "long, [key" * 20),
     ],
 )
 def test_a_list_or_mapping_that_is_written_is_read_back(text):
@@ -101,6 +101,23 @@ def test_a_list_or_mapping_that_is_written_is_read_back(text):
     assert "\n" not in to_flow(entries)
     renames = {"predictions": "p.csv", "labels": {text: "a", "c": text}}
     assert read_word("teachers", to_flow(renames)) == renames
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{path: m, prompt: Q: 'tis}", {"path": "m", "prompt": "Q: 'tis"}),
+        ("[m: 'b]", ["m: 'b"]),
+    ],
+)
+def test_a_quotation_mark_that_is_not_closed_is_a_letter(text, value):
+    assert read_word("teachers", text) == value
+
+
+@pytest.mark.parametrize("word", ["student.layers=0-5", "student.layers=[0-5]"])
+def test_a_range_is_no_number_of_a_layer(word):
+    with pytest.raises(UserError, match=r"give \[(NUMBER, NUMBER|0, 2, 4)\]"):
+        load_config(["task=sst2", "output_dir=run", "student=a", word])
 
 
 def test_brackets_left_open_and_keys_given_twice_are_refused():
