@@ -12,6 +12,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, TypeAdapter
@@ -164,6 +165,8 @@ def as_plain(key: str, value: Any) -> Any:
     """The value of a key as in a YAML file. Raises UserError for another value, such as a table."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
         return {str(name): as_plain(f"{key}.{name}", item) for name, item in value.items()}
     if isinstance(value, list | tuple):

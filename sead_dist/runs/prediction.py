@@ -156,8 +156,9 @@ def read_class_order(text: str | None) -> Labels:
         return "task_order"
     inside = text.strip()
     inside = inside[1:-1] if encloses(inside, "[", "--labels") else inside
+    # a quotation mark that is not closed is a letter
     return [
-        str(parse_yaml(part, "--labels")) if part[:1] in ("'", '"') else part
+        str(parse_yaml(part, "--labels")) if re.fullmatch(r"""(?s)(["']).*\1""", part) else part
         for part in parts(inside)
     ]
 

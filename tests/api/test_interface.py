@@ -420,3 +420,12 @@ def test_texts_become_rows_of_the_tasks_columns():
     assert text_rows([("a", "b")], TASKS["rte"]) == [{"sentence1": "a", "sentence2": "b"}]
     with pytest.raises(sd.UserError, match="text 1 is 'a', but task 'rte' reads sentence1, sent"):
         text_rows(["a"], TASKS["rte"])
+
+
+def test_a_number_or_text_of_numpy_is_a_plain_one():
+    keys = {"student": "a", "output_dir": "r", "temperature": np.float64(2), "seed": np.int64(3)}
+    config = sd.load_config("sst2", method=np.str_("mean"), **keys)
+    assert (config.temperature, config.seed, config.method) == (2.0, 3, "mean")
+    assert type(config.seed) is int
+    with pytest.raises(sd.UserError, match=r"student\.layers=2\.0: expected a list"):
+        sd.load_config("sst2", output_dir="r", **{"student.layers": np.float64(2)})

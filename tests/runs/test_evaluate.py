@@ -124,6 +124,7 @@ def test_a_class_order_of_the_command_line_is_names_between_commas():
     assert read_class_order("a, it's,1,null") == ["a", "it's", "1", "null"]
     assert read_class_order("""'a, b',"c",[d]""") == ["a, b", "c", "[d]"]
     assert read_class_order("[a, 'b, c']") == ["a", "b, c"]
+    assert read_class_order("'tis,b") == ["'tis,b"]  # the mark is not closed
     assert (read_class_order(None), read_class_order("task_order")) == (None, "task_order")
 
 
