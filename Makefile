@@ -5,8 +5,8 @@ VENV := .venv
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 PYTEST := $(OFFLINE) $(VENV)/bin/python -m pytest
 # Tests of one file share what they made, so one worker runs all tests of a file. The files have the
-# order that tests/conftest.py gives them. Tests wait for processes a sixth of their time, so a third
-# worker takes an eighth off on two cores. A slow test starts more processes, so two workers do there.
+# order that tests/conftest.py gives them. Tests wait for processes a sixth of their time: on two cores
+# a third worker saves an eighth. Slow tests start more processes of their own, and have two workers.
 WORKERS ?= 3
 SLOW_WORKERS ?= 2
 SHARED := --dist loadfile --no-loadscope-reorder --durations=20

@@ -3,7 +3,7 @@
 These are a model's self-checks on the rows of a batch, the padding of its kind, and the report of
 made-up scores. Each depends on few facts, which the tests' runs share. What is found is kept in the
 folder KEPT_IN, so that forked processes read it too. Tests of the checks themselves call them, or
-ask for the fixture `all_tried`, which takes the folder away.
+use the fixture `all_tried`, which takes the folder away.
 """
 
 import hashlib
