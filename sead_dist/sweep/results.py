@@ -245,11 +245,11 @@ def missing(grid: Grid, failed: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     ]
 
 
-def scores_of(grid: Grid, data: Mapping[str, TaskData], device: str) -> dict[str, Any]:
-    """All that report.json holds; scores are fractions. data: of each task that has students.
-
-    Raises UserError for a finished run whose files are missing or are of other data.
-    """
+def compared(
+    grid: Grid, data: Mapping[str, TaskData]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Difference]], int]:
+    """(a cell for each task and method, with Holm's p; by method, each task's difference from the
+    reference; the largest number of ranks of a run)."""
     cells: list[dict[str, Any]] = []
     differences: dict[str, dict[str, Difference]] = {method: {} for method in grid.methods}
     ranks = 0
@@ -269,6 +269,27 @@ def scores_of(grid: Grid, data: Mapping[str, TaskData], device: str) -> dict[str
             cells.append(cell(found, difference, grid.seeds, own_steps))
             ranks = max([ranks, *(s["world_size"] for s in found.summaries.values())])
     add_holm(cells, differences)
+    return cells, differences, ranks
+
+
+def task_facts(task: str, of: TaskData) -> dict[str, Any]:
+    """What the report says of a task's data."""
+    return {
+        "name": task,
+        "metric": of.metric,
+        "dev_rows": len(of.dev),
+        "train_rows": of.train_rows,
+        "unlabelled_rows": of.unlabelled_rows,
+        "constant": of.constant,
+    }
+
+
+def scores_of(grid: Grid, data: Mapping[str, TaskData], device: str) -> dict[str, Any]:
+    """All that report.json holds; scores are fractions. data: of each task that has students.
+
+    Raises UserError for a finished run whose files are missing or are of other data.
+    """
+    cells, differences, ranks = compared(grid, data)
     shared = shared_tasks(cells)
     taught = [
         found
@@ -291,17 +312,7 @@ def scores_of(grid: Grid, data: Mapping[str, TaskData], device: str) -> dict[str
         ],
         "equal_steps": grid.equal_steps,
         "selected_on_dev": any(unit.config.selection.split == "dev" for unit in grid.units),
-        "tasks": [
-            {
-                "name": task,
-                "metric": of.metric,
-                "dev_rows": len(of.dev),
-                "train_rows": of.train_rows,
-                "unlabelled_rows": of.unlabelled_rows,
-                "constant": of.constant,
-            }
-            for task, of in data.items()
-        ],
+        "tasks": [task_facts(task, of) for task, of in data.items()],
         "cells": cells,
         "mean_tasks": shared,
         "means": [mean_over_tasks(name, cells, differences[name], shared) for name in grid.methods],

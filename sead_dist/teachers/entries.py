@@ -5,6 +5,7 @@ predictions, and kinds that plugins register.
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,58 @@ def other_teacher(
     )  # fmt: skip
 
 
+@dataclass
+class Shared:
+    """What teachers of a run have in common and is made once: for 64 teachers it would take seconds
+    and half a gigabyte."""
+
+    tokenizers: dict[str, PreTrainedTokenizerBase]  # by hash
+    # by setting: tokeniser, its hash, the model on the meta device
+    outlines: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = field(
+        default_factory=dict
+    )
+    inputs: dict[tuple[str, str, str | None, str, int], tuple[ModelInputs, Cut]] = field(
+        default_factory=dict
+    )
+    cuts: dict[str, Cut] = field(default_factory=dict)
+
+    def outline_of(
+        self, checkpoint: Checkpoint, shape: PretrainedConfig, trust_remote_code: bool
+    ) -> tuple[PreTrainedTokenizerBase, str, PreTrainedModel]:
+        """(tokeniser, its hash, model on the meta device) of a checkpoint."""
+        setting = setting_hash(checkpoint)
+        if setting in self.outlines:
+            settle(self.outlines[setting][0], shape)
+            return self.outlines[setting]
+        loaded = load_tokenizer(checkpoint, trust_remote_code)
+        settle(loaded, shape)
+        check_vocabulary(checkpoint.name, loaded, shape)
+        tokens = tokenizer_hash(loaded)
+        parts = outline(shape, trust_remote_code)
+        self.outlines[setting] = self.tokenizers.setdefault(tokens, loaded), tokens, parts
+        return self.outlines[setting]
+
+    def inputs_of(
+        self,
+        entry: TeacherConfig,
+        shape: PretrainedConfig,
+        tokens: str,
+        max_length: int,
+        dtype: str,
+        device: torch.device,
+    ) -> tuple[ModelInputs, Cut]:
+        """What a teacher is fed, checked, and how its rows are cut into batches."""
+        facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
+        kind = (facts, dtype, entry.quantization, tokens, max_length)
+        if kind not in self.inputs:
+            inputs = teacher_inputs(self.tokenizers[tokens], tokens, shape, max_length)
+            about = cut_facts(shape, dtype, entry.quantization, inputs.padding)
+            if about not in self.cuts:
+                self.cuts[about] = cut_of(shape, dtype, device, entry.quantization, inputs.padding)
+            self.inputs[kind] = inputs, self.cuts[about]
+        return self.inputs[kind]
+
+
 def _build_teachers(
     config: RunConfig,
     task: TaskSpec,
@@ -152,63 +205,55 @@ def _build_teachers(
     student: PreTrainedTokenizerBase | None,
     examples: RunExamples | None,
 ) -> list[Teacher]:
-    entries = config.teachers
-    checked: dict[tuple[str, str, str | None, str, int], tuple[ModelInputs, Cut]] = {}
-    cuts: dict[str, Cut] = {}
-    alike: dict[str, tuple[PreTrainedTokenizerBase, str, PreTrainedModel]] = {}
-    tokenizers = {} if student is None else {tokenizer_hash(student): student}
+    shared = Shared({} if student is None else {tokenizer_hash(student): student})
     teachers: list[Teacher] = []
     for entry, name, checkpoint, weights in zip(
-        entries, teacher_names(entries), checkpoints, hashes, strict=True
+        config.teachers, teacher_names(config.teachers), checkpoints, hashes, strict=True
     ):
-        if checkpoint is None:
-            if student is None:
-                raise ValueError(f"a teacher of kind {entry.kind} needs the student's tokeniser")
-            train = None if examples is None or entry.predictions is not None else examples.labelled
-            opening = Opening(entry, name, task, config, device, train)
-            teachers.append(other_teacher(opening, student, examples))
+        if checkpoint is not None:
+            about = entry, name, checkpoint, weights
+            teachers.append(_classifier(*about, config, task, device, shared))
             continue
-        shape = load_model_config(checkpoint, config.trust_remote_code)
-        setting = setting_hash(checkpoint)
-        if setting in alike:
-            settle(alike[setting][0], shape)
-        else:  # shared: loading these 64 times would take seconds and half a gigabyte
-            loaded = load_tokenizer(checkpoint, config.trust_remote_code)
-            settle(loaded, shape)
-            check_vocabulary(checkpoint.name, loaded, shape)
-            tokens = tokenizer_hash(loaded)
-            parts = outline(shape, config.trust_remote_code)
-            alike[setting] = tokenizers.setdefault(tokens, loaded), tokens, parts
-        tokenizer, tokens, parts = alike[setting]
-        # before the names of the classes, as those of an encoder without a head mean nothing
-        parameters, words = size_of(checkpoint, head_weights(parts))
-        order_C = align_classes(task, entry.path, label_names(shape), entry.class_names)
-        check_problem_type(task, entry.path, shape)
-        max_length = entry.max_length or config.max_length
-        dtype = entry.dtype or config.teacher_precision
-        if entry.quantization is not None:
-            check_quantize(name)
-        facts = json.dumps(shape.to_diff_dict(), sort_keys=True, default=str)
-        kind = (facts, dtype, entry.quantization, tokens, max_length)
-        if kind not in checked:
-            inputs = teacher_inputs(tokenizer, tokens, shape, max_length)
-            about = cut_facts(shape, dtype, entry.quantization, inputs.padding)
-            if about not in cuts:
-                cuts[about] = cut_of(shape, dtype, device, entry.quantization, inputs.padding)
-            checked[kind] = inputs, cuts[about]
-        inputs, cut = checked[kind]
-        attention = parts.config._attn_implementation
-        numerics = numerics_class(device, dtype, entry.quantization, attention, cut)
-        code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
-        fingerprint = _fingerprint(weights, shape, inputs, code)
-        key = TeacherKey(fingerprint, numerics, entry.path, task.num_labels)
-        teachers.append(
-            Teacher(
-                entry, name, checkpoint, shape, inputs, order_C, dtype, weights, parameters,
-                weight_bytes(parameters, words, dtype, entry.quantization), key, cut,
-            )
-        )  # fmt: skip
+        if student is None:
+            raise ValueError(f"a teacher of kind {entry.kind} needs the student's tokeniser")
+        train = None if examples is None or entry.predictions is not None else examples.labelled
+        opening = Opening(entry, name, task, config, device, train)
+        teachers.append(other_teacher(opening, student, examples))
     return teachers
+
+
+def _classifier(
+    entry: TeacherConfig,
+    name: str,
+    checkpoint: Checkpoint,
+    weights: str,
+    config: RunConfig,
+    task: TaskSpec,
+    device: torch.device,
+    shared: Shared,
+) -> Teacher:
+    """A teacher that is a classifier. weights: the hash of its weights."""
+    shape = load_model_config(checkpoint, config.trust_remote_code)
+    tokenizer, tokens, parts = shared.outline_of(checkpoint, shape, config.trust_remote_code)
+    # before the names of the classes, as those of an encoder without a head mean nothing
+    parameters, words = size_of(checkpoint, head_weights(parts))
+    order_C = align_classes(task, entry.path, label_names(shape), entry.class_names)
+    check_problem_type(task, entry.path, shape)
+    max_length = entry.max_length or config.max_length
+    dtype = entry.dtype or config.teacher_precision
+    if entry.quantization is not None:
+        check_quantize(name)
+    inputs, cut = shared.inputs_of(entry, shape, tokens, max_length, dtype, device)
+    attention = parts.config._attn_implementation
+    numerics = numerics_class(device, dtype, entry.quantization, attention, cut)
+    code = code_hash(checkpoint, type(shape), type(tokenizer), type(parts))
+    key = TeacherKey(
+        _fingerprint(weights, shape, inputs, code), numerics, entry.path, task.num_labels
+    )
+    held = weight_bytes(parameters, words, dtype, entry.quantization)
+    return Teacher(
+        entry, name, checkpoint, shape, inputs, order_C, dtype, weights, parameters, held, key, cut
+    )
 
 
 def _fingerprint(
