@@ -227,9 +227,12 @@ def smoke_words(work: Path, part: str) -> list[str]:
     """The same arms on the built-in task, a few steps each."""
     task = small_folder(work / "grammar", 60)
     encoder = random_classifier(work / "encoder", "L6-H32", task / "tokenizer", 0)
+    # this arm sets its steps itself
+    fewer = "grammar: {methods: {third-of-steps: {max_steps: 1}}}" if part == "levers" else ""
     return [
         str(filled(PARTS[part][0], work, encoder, [task / "train.tsv"])),
         f"tasks=[{task / 'task.yaml'}]",
+        f"per_task={{{fewer}}}",
         f"data.path={work}/{{task}}",
         f"encoders=[{encoder},{encoder}]",
         f"student={encoder}",
