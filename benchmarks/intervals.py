@@ -1,13 +1,15 @@
 """Scores and intervals of the table's finished runs, from their kept predictions alone.
 
     python benchmarks/intervals.py docs/results/table/runs --page docs/results/table.md
+    python benchmarks/intervals.py docs/results/table/PART --page docs/results/table.md --part PART
     python benchmarks/intervals.py --smoke
 
 For each task of the folder: every arm's score by the task's main metric, what `sead` has more, and
 the 95% interval of that. With one seed it is the paired interval over rows (`paired_gap`), with
 three or more it is over rows and seeds, as in a sweep's report; of two seeds there is none. At the
-end `sead` less `control`, and less `finetune`, over all tasks, which count alike. --page puts all
-of it into the part of a page that is marked for it. Tasks whose rows stand in groups are not read.
+end, of several tasks, `sead` less `control`, and less `finetune`, over all of them, which count
+alike. --page puts all of it into the part of a page that is marked for it, which --part names.
+Tasks whose rows stand in groups are not read.
 
 Shapes: T tasks, B rows, C classes, S seeds, R resamples.
 """
@@ -38,7 +40,7 @@ from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.reporting.report import read_predictions, write_predictions
 from sead_dist.runtime.run_log import is_finished, read_as, write_json
 
-# the part of the page that this script writes
+# the part of the page for the runs of the table's core
 PART = "intervals"
 FIRST, CONTROL = "sead", "control"
 # arms without teachers, over which FIRST is told for all tasks together
@@ -220,7 +222,8 @@ def page_of(folder: Path) -> str:
         columns = [column.format(metric=of.metric) for column in COLUMNS]
         parts.append(f"{of.task.name}, {of.split}, {len(of.rows.labels_B):,} rows:")
         parts.append(table(columns, lines))
-    return "\n\n".join([*parts, *(pooled(tasks, arm) for arm in WITHOUT)])
+    over = [pooled(tasks, arm) for arm in WITHOUT] if len(tasks) > 1 else []
+    return "\n\n".join([*parts, *filter(None, over)])
 
 
 def made_up(folder: Path) -> Path:
@@ -252,6 +255,7 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="?", help="folder of TASK/ARM/seed-N")
     parser.add_argument("--page", type=Path, help="where the tables are put")
+    parser.add_argument("--part", default=PART, help="the page's part for them; %(default)s")
     smoke_argument(parser)
     args = parser.parse_args()
     if args.smoke:
@@ -263,7 +267,7 @@ def main() -> None:
         text = page_of(args.runs)
         print(text)
         if args.page is not None:
-            put_into(args.page, text, PART)
+            put_into(args.page, text, args.part)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -301,8 +301,8 @@ def _ruled(figure: "Figure", grid: Literal["both", "x"] | None = "both") -> "Fig
 def save(figure: "Figure", path: Path) -> None:
     """Write the figure as a PNG. The folder is made. Raises OSError where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        figure.savefig(aside, format="png")
+    with written_aside(path) as aside, aside.open("wb") as file:
+        _draw(figure, file)
 
 
 def draft(figure: "Figure") -> bytes:
@@ -316,6 +316,14 @@ def draft(figure: "Figure") -> bytes:
         for axis in (axes.xaxis, axes.yaxis):
             if isinstance(axis.get_major_locator(), AutoLocator):
                 axis.set_major_locator(NullLocator())
+    figure.set_dpi(20)
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=20)
+    _draw(figure, drawn)
     return drawn.getvalue()
+
+
+def _draw(figure: "Figure", file: BinaryIO) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # not savefig: it goes through the whole figure twice, for the same bytes
+    FigureCanvasAgg(figure).print_png(file)  # type: ignore[no-untyped-call]

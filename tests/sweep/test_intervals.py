@@ -1,6 +1,7 @@
 """The intervals of the table's page: those of the kept runs, by the package's own statistics."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,7 +30,14 @@ def runs(intervals, tmp_path):
 
 def test_the_page_of_the_table_has_what_the_kept_runs_say(intervals):
     page = (RESULTS / "table.md").read_text("utf-8")
-    assert intervals.page_of(RESULTS / "table" / "runs") in page
+    for runs in sorted(path for path in (RESULTS / "table").iterdir() if path.is_dir()):
+        assert intervals.page_of(runs) in page, runs.name
+
+
+def test_of_one_task_nothing_is_said_over_tasks(intervals, runs):
+    assert "mean over sst2, stsb" in intervals.page_of(runs)
+    shutil.rmtree(runs / "stsb")
+    assert "mean over" not in intervals.page_of(runs)
 
 
 def test_one_seed_has_the_paired_interval_over_rows(intervals, runs):
