@@ -556,6 +556,7 @@ def test_a_student_that_cannot_be_saved_is_told_before_training(words, tmp_path)
     assert re.search(r"the student cannot be saved in .*/run: .*ulimit -f", line)
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_cannot_be_written_is_told_with_the_file(words, tmp_path):
     line = one_line(limited(500, "distill", *words(tmp_path / "run")), 3)
     assert re.search(r"the student cannot be saved in .*/run: .*File too large.*; free space", line)

@@ -181,6 +181,7 @@ def test_sixteen_checkpoints_are_listed_with_their_figures(capsys):
         assert all(f"{figure.score:.4f}" in line for figure in one.figures())
 
 
+@pytest.mark.slow
 def test_without_the_hub_it_fails_at_once_and_names_all_that_is_missing(tmp_path, monkeypatch):
     """In a process of its own, where no variable says that it is offline: nobody answers at the
     hub's address."""

@@ -272,6 +272,7 @@ def test_runs_side_by_side_are_not_uploaded_over_one_another(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_push_takes_the_onnx_files_with_it_to_a_stand_in_hub(hub, finished, tmp_path):
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     run = shutil.copytree(finished, tmp_path / "run")

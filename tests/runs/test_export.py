@@ -221,6 +221,7 @@ def test_a_metric_that_differs_is_refused_though_the_logits_agree():
         export.reject_difference(result(0.5), broken)
 
 
+@pytest.mark.slow
 def test_an_export_of_another_kind_takes_the_place_of_the_old_one(exported, tmp_path):
     run = shutil.copytree(exported, tmp_path / "run")
     export_onnx(str(run), False, None, None, None, None)

@@ -191,6 +191,7 @@ def test_every_ensemble_takes_a_file_that_answers_some_rows(task, live, tmp_path
     assert "the first row without one is train row" in log_of(run)
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(task, live, tmp_path):
     _, texts, (_, said) = live
     file = parquet(tmp_path / "half.parquet", texts[::2], said[::2])
