@@ -274,8 +274,8 @@ def write_failure(unit: Unit, error: Exception) -> None:
 def time_left(grid: Grid, workers: int) -> str:
     """What is left in words: "12 runs left, about 1.5 h". workers: processes at work now.
 
-    A run takes the median of the finished runs of its task and method. Where one of those left has
-    none, the sum is a lower bound: "at least 1.5 h".
+    A run takes the median of the finished runs of its task and method. Where there is none, it is
+    not counted, and the line says "at least".
     """
     spent: dict[tuple[str, str], list[float]] = {}
     left = []
@@ -286,23 +286,11 @@ def time_left(grid: Grid, workers: int) -> str:
         if not is_done(grid, unit):
             left.append(unit)
     line = f"{counted(len(left), 'run')} left"
-    seconds = sum(least_seconds(unit, grid, spent) for unit in left)
-    if not seconds:
+    known = [spent[unit.task, unit.method] for unit in left if (unit.task, unit.method) in spent]
+    if not known:
         return line
-    known = all((unit.task, unit.method) in spent for unit in left)
-    return f"{line}, {'about' if known else 'at least'} {clock(seconds / workers)}"
-
-
-def least_seconds(unit: Unit, grid: Grid, spent: dict[tuple[str, str], list[float]]) -> float:
-    """Seconds that a run is expected to take. Without a finished run of its method, those of the
-    shortest other student of its task where all take the same steps, else 0."""
-    own = spent.get((unit.task, unit.method))
-    if own:
-        return statistics.median(own)
-    if unit.method not in grid.methods or not grid.equal_steps:
-        return 0.0
-    others = [s for method in grid.methods for s in spent.get((unit.task, method), [])]
-    return min(others, default=0.0)
+    about = "about" if len(known) == len(left) else "at least"
+    return f"{line}, {about} {clock(sum(map(statistics.median, known)) / workers)}"
 
 
 def run_jobs(grid: Grid, stop: StopFlag) -> bool:

@@ -146,8 +146,8 @@ def other_teacher(
 
 @dataclass
 class Shared:
-    """What teachers of a run have in common and is made once: for 64 teachers it would take seconds
-    and half a gigabyte."""
+    """What teachers of a run have in common. It is made once: loading it for each of 64 teachers
+    would take seconds and half a gigabyte."""
 
     tokenizers: dict[str, PreTrainedTokenizerBase]  # by hash
     # by setting: tokeniser, its hash, the model on the meta device

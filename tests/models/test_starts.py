@@ -1,6 +1,8 @@
 """What is trained is what was given (invariant 11): weights of a start, its layers, its saving."""
 
 import copy
+import errno
+import os
 import shutil
 
 import numpy as np
@@ -546,6 +548,21 @@ def test_a_model_without_a_body_of_its_own_has_its_last_layer_for_a_head():
     assert body_of(model) is None
     assert head_names(model) == {"classifier.weight", "classifier.bias"}
     assert pooler_names(model) == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def test_a_trial_of_saving_that_fails_is_told_with_its_fix_and_leaves_no_file(
+    tmp_path, monkeypatch
+):
+    def write(model, weights, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(folder / "model.safetensors"))
+
+    monkeypatch.setattr(resaved, "write_weights", write)
+    row = dict(grammar_tokenizer()(TEXTS[0], return_tensors="pt"))
+    told = f"the student cannot be saved in {tmp_path}: .*File too large.*; free space, raise the "
+    with pytest.raises(RunError, match=told):
+        resaved.check_saving(build_model(), row, tmp_path, False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_trial_of_saving_leaves_the_students_config_as_it_was(tmp_path):

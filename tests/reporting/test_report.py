@@ -1,7 +1,5 @@
 """The report of a run directory: plots, predictions, printed tables."""
 
-import io
-
 import numpy as np
 import pytest
 import yaml
@@ -18,6 +16,7 @@ from sead_dist.reporting.plots import (
     plot_confusion,
     plot_scores,
     reliability,
+    save,
 )
 from sead_dist.reporting.report import read_predictions, write_predictions, write_report
 from sead_dist.runtime.console import print_table
@@ -60,8 +59,8 @@ def test_the_plots_open_and_have_a_sane_size(tmp_path):
         assert 250 <= height <= 2000
 
 
-@pytest.mark.parametrize("draw", [draft, lambda figure: figure.savefig(io.BytesIO())])
-def test_a_draft_fails_where_the_picture_would(draw):
+@pytest.mark.parametrize("draw", [lambda figure, _: draft(figure), save])
+def test_a_draft_fails_where_the_picture_would(draw, tmp_path):
     """What is tried before a run's first step is what its report ends with."""
     no_formula = r"$\frac{$"
     found = reliability(np.array([[0.7, 0.3]]), np.array([0]))
@@ -73,7 +72,8 @@ def test_a_draft_fails_where_the_picture_would(draw):
         plot_confusion(matrix, no_formula),
     ):
         with pytest.raises(ValueError, match="frac"):
-            draw(figure)
+            draw(figure, tmp_path / "picture.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_teachers(tmp_path):

@@ -172,8 +172,7 @@ def test_a_resume_with_other_answers_is_refused(task, live, tmp_path):
        for name in ("mean_probabilities", "fixed", "confidence", "entropy", "random"))],
 )  # fmt: skip
 def test_every_ensemble_takes_a_file_that_answers_some_rows(task, live, tmp_path, ensemble):
-    """And a run that was stopped comes to the same student, on two ranks too (world size 2 gives
-    the gradients of one)."""
+    """And a run that was stopped comes to the same student."""
     _, texts, (_, said) = live
     file = parquet(tmp_path / "half.parquet", texts[::2], said[::2])
     keys = {"ensemble": ensemble, "store": live[0].parent / "store"}
