@@ -77,6 +77,13 @@ print(CLASSIFICATION["accuracy"](np.array([0, 1, 1, 0]), np.array([0, 1, 0, 0]))
     assert {"scipy", "sklearn", "pandas"} & imported == set()
 
 
+def test_intervals_are_computed_without_scipy_stats():
+    """A start imports them, and `scipy.stats` takes a quarter of a second."""
+    code = "import sead_dist.data.significance, sys; print('scipy.stats' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_the_collector_rests_while_heavy_modules_are_imported():
     frozen = gc.get_freeze_count()
     try:
