@@ -77,8 +77,8 @@ def show(folder: Path) -> None:
         )
     if found.quarantined:
         print(f"{count(found.quarantined, 'bad file')} in {folder / 'quarantine'}, not used")
-    for live in found.live:
-        print(f"in use by {live.run} (process {live.pid} on {live.host})")
+    for hold in found.holds:
+        print(f"in use by {hold.run} (process {hold.pid} on {hold.host})")
 
 
 def print_bad(bad: Iterable[Bad]) -> None:
@@ -112,8 +112,8 @@ def merge(folder: Path) -> None:
         f"{folder}: {count(done.blocks_before, 'block')} merged into {done.blocks_after:,}, "
         f"{decimal(done.bytes_before)} into {decimal(done.bytes_after)}"
     )
-    if done.left_for_live:
-        blocks = count(done.left_for_live, "large merged block")
+    if done.left_in_use:
+        blocks = count(done.left_in_use, "large merged block")
         print(f"{blocks} not removed yet: runs use them now")
     if done.differing:
         print(f"stored twice, with unequal predictions: {count(done.differing, 'example')}")
@@ -146,8 +146,8 @@ def drop(
     plan = plan_removal(
         folder, teacher=teacher, task=task, older_than_s=older_than_s, keep_bytes=keep_bytes
     )
-    for row, live in plan.kept:
-        print(f"kept: {row.teacher}, {row.task} {row.split}: {live.run} uses it now")
+    for row, hold in plan.kept:
+        print(f"kept: {row.teacher}, {row.task} {row.split}: {hold.run} uses it now")
     if not plan.paths:
         print(f"{folder}: nothing to remove")
         return

@@ -52,11 +52,12 @@ VALUES = {
     ("warmup", "1"): "0.999999999",
     ("warmup", "1.0"): "0.999999999",
 }
-# of the records in run_summary.json and metrics.jsonl
+# of the records in run_summary.json and metrics.jsonl, and of the sums in a checkpoint
 RECORDS = {
     "internals": "feature_loss",
     "loss_inner": "loss_feature",
     "transfer_rows": "unlabelled_rows",
+    "live_rows": "feature_rows",
 }
 # in a run directory
 FILES = {"examination.json": "teacher_validation.json"}
@@ -156,7 +157,8 @@ def _put(keys: dict[str, Any], name: str, value: Any) -> None:
 
 
 def renamed_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of run_summary.json or metrics.jsonl under the present names."""
+    """A record of run_summary.json or metrics.jsonl, or the sums in a checkpoint, under the present
+    names."""
     return {RECORDS.get(name, name): value for name, value in record.items()}
 
 

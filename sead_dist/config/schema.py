@@ -296,12 +296,12 @@ class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
     def uses_copies(self) -> bool:
         """Whether copies of rows may be made: without teachers only under gold labels, and where
         all are files, which have no answers for copies, only a number that is asked for."""
-        if self.augment.copies == "auto" and self.teachers and not self.has_live_teacher:
+        if self.augment.copies == "auto" and self.teachers and not self.answers_any_text:
             return False
         return self.augment.copies is not None and (self.taught or self.augment.gold_labels)
 
     @property
-    def has_live_teacher(self) -> bool:
+    def answers_any_text(self) -> bool:
         """Whether a teacher can answer any text, which a file of predictions cannot."""
         return any(entry.predictions is None for entry in self.teachers)
 

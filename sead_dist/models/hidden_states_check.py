@@ -36,7 +36,7 @@ def needs_attention(method: str) -> bool:
     return method not in ("distilbert", "repair")
 
 
-def check_inside(model: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
+def check_layer_outputs(model: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
     """Run two rows of unlike length, padded as for the model. Compare all that `method`
     (distilbert, tinybert, minilm or repair) reads, of the kind first, then of this model on its
     device.
@@ -52,7 +52,7 @@ def check_inside(model: PreTrainedModel, inputs: ModelInputs, method: str, who: 
 def check_kind(whole: PreTrainedModel, inputs: ModelInputs, method: str, who: str) -> None:
     """The same check of a shallow model of the kind with random weights, before any weights are
     read. whole: the model, or its outline. A kind that cannot be made shallow is not checked here,
-    but by `check_inside` when the model is loaded.
+    but by `check_layer_outputs` when the model is loaded.
 
     Raises UserError, naming `who`, for what differs in value or number.
     """

@@ -331,8 +331,10 @@ def measure_student(
     def work(length: int) -> float:
         return STEP_FORWARDS * choices * operations(model.config, length, config.trust_remote_code)
 
-    watch = Stopwatch(device, until)
-    found = measure_batches(watch, lengths_K, lambda _length: config.micro_batch_size, batch, work)
+    stopwatch = Stopwatch(device, until)
+    found = measure_batches(
+        stopwatch, lengths_K, lambda _length: config.micro_batch_size, batch, work
+    )
     rate = Rate(*found, once_s=0.0)
     shortest = rate.lengths_K[0]
     learn = batch(config.micro_batch_size, shortest)
@@ -345,7 +347,7 @@ def measure_student(
         optimizer.zero_grad(set_to_none=True)
 
     optimizer.zero_grad(set_to_none=True)
-    # a watch of its own: a watch times its first piece of work even after `until`
+    # a stopwatch of its own: a stopwatch times its first piece of work even after `until`
     step_s = Stopwatch(device, until).time(step, work(shortest))
     assert step_s is not None
     micro_s = rate.seconds([shortest], [config.micro_batch_size])

@@ -29,7 +29,7 @@ from sead_dist.data.neighbors import embedding_table, near_words, table_hash
 from sead_dist.data.splits import RunExamples, check_tokens, load_examples
 from sead_dist.data.tasks import TaskSpec, load_task
 from sead_dist.errors import UserError
-from sead_dist.models.hidden_states_check import check_inside
+from sead_dist.models.hidden_states_check import check_layer_outputs
 from sead_dist.models.inputs import ModelInputs, settle, student_inputs
 from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.models.start import run_start_hash, student_tokenizer
@@ -186,7 +186,7 @@ def read_inputs(
     check_tokens(examples, {"the student": tokenizer})
     inputs = student_inputs(model, tokenizer, config.max_length, "the student", examples.train)
     if config.feature_loss is not None:
-        check_inside(model, inputs, config.feature_loss, "the student")
+        check_layer_outputs(model, inputs, config.feature_loss, "the student")
     return task, examples, inputs, model
 
 

@@ -304,7 +304,7 @@ def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
         metric=metric_names(task, examples)[0],
         stop=setup.stop,
         heartbeat=setup.heartbeat,
-        live=setup.feature_teacher,
+        feature_teacher=setup.feature_teacher,
         patience_steps=patience_steps(setup.epoch_steps),
     )
 

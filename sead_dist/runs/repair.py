@@ -22,7 +22,7 @@ from sead_dist.data.order import BatchStream
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, reading
 from sead_dist.models.hidden_states import LayerParts, find_layer_parts
-from sead_dist.models.hidden_states_check import check_inside
+from sead_dist.models.hidden_states_check import check_layer_outputs
 from sead_dist.models.inputs import ModelInputs, settle, teacher_inputs
 from sead_dist.models.loaded import head_names, pooler_names
 from sead_dist.models.pretrained import load_tokenizer, tokenizer_hash
@@ -155,7 +155,7 @@ def repair(
             own.student, TEXT, inputs.tokenizer, own.seed, own.trust_remote_code
         )
     settle(inputs.tokenizer, student.config)
-    check_inside(student, inputs, REPAIR, "the student")
+    check_layer_outputs(student, inputs, REPAIR, "the student")
     split = inputs.split(read_text(Path(config.repair.text or "")))
     whole, parts = on_every_rank(world, lambda: load_whole_model(config, inputs, world))
     feature = make_repair_loss(student, parts, steps, own.seed)
@@ -195,7 +195,7 @@ def repair(
             metric="",
             stop=stop,
             heartbeat=heartbeat,
-            live=FeatureTeacher(name, whole, parts, feature.theirs, steps),
+            feature_teacher=FeatureTeacher(name, whole, parts, feature.theirs, steps),
         )  # fmt: skip
         state = trainer.run(state)
         if not trainer.is_over(state):
@@ -280,7 +280,7 @@ def load_whole_model(
             f"{inputs.padding}; give another model"
         )
     model = frozen(model.float().to(world.device))
-    check_inside(model, theirs, REPAIR, who)
+    check_layer_outputs(model, theirs, REPAIR, who)
     return model, find_layer_parts(model, who, attention=False)
 
 

@@ -113,7 +113,7 @@ def summary(setup: RunSetup, state: TrainState) -> dict[str, Any]:
         "wait_s": 0.0,
         "padding": 0.0,
         "tokens": 0.0,
-        "live_rows": 0.0,
+        "feature_rows": 0.0,
     }
     totals.update(state.totals)
     forwards, hits = setup.source.counts() if setup.source is not None else (0, 0)
@@ -129,9 +129,9 @@ def summary(setup: RunSetup, state: TrainState) -> dict[str, Any]:
         "chosen": chosen(setup),
         "examples_per_second": round(totals["rows"] / max(totals["train_s"], 1e-9), 3),
         "train_s": round(totals["train_s"], 3),
-        "teacher_forwards": forwards + int(totals["live_rows"]),
+        "teacher_forwards": forwards + int(totals["feature_rows"]),
         "store_hits": hits,
-        "feature_loss": feature_record(setup, int(totals["live_rows"])),
+        "feature_loss": feature_record(setup, int(totals["feature_rows"])),
         "numerics": setup.source.numerics_read() if setup.source is not None else [],
         "teachers_s": round(setup.source.spent_s if setup.source is not None else 0.0, 3),
         "teacher_wait_s": round(totals["wait_s"], 3),

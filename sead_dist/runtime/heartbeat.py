@@ -99,7 +99,7 @@ class Peer:
 
 
 class Heartbeat:
-    """This rank's signs of life, and the watch over the others. Without a store it only counts.
+    """This rank's signs of life, and the check of the others'. Without a store it only counts.
 
     `run` and `stop` are those of the present run (`of_run`).
     """
@@ -303,7 +303,7 @@ class Heartbeat:
             self.store.set(END_REASON, line)
 
     def start(self, wait_s: float) -> None:
-        """Begin to send signs, wait until all ranks send them, and begin to watch them.
+        """Begin to send signs, wait until all ranks send them, and begin to check them.
 
         Raises RunError, naming the rank, where one does not start within `wait_s`, and where the
         store does not answer.

@@ -34,10 +34,10 @@ from sead_dist.store.ids import (
 )
 from sead_dist.store.layout import (
     BLOCK_SUFFIX,
+    Hold,
     Layout,
-    LiveRun,
     existing,
-    live_runs,
+    find_holds,
     old_temporaries,
     update_format,
 )
@@ -93,16 +93,16 @@ class TeacherFolder:
 class CompactResult:
     """What a compaction did.
 
-    blocks: value blocks. bytes: of value and key blocks. left_for_live: the number of large parts
-    that are left for the next time, as live runs may have mapped them. differing: rows that were
-    stored twice with different bits (none, by invariant 3).
+    blocks: value blocks. bytes: of value and key blocks. left_in_use: the number of large parts
+    that are left for the next time, as runs that use the store may have mapped them. differing:
+    rows that were stored twice with different bits (none, by invariant 3).
     """
 
     blocks_before: int
     blocks_after: int
     bytes_before: int
     bytes_after: int
-    left_for_live: int
+    left_in_use: int
     differing: int
     bad: tuple[Bad, ...]
 
@@ -117,12 +117,12 @@ def compact(folder: Path) -> CompactResult:
     layout = existing(folder)
     with maintenance_lock(layout):
         blocks_before, bytes_before = _usage(layout)
-        runs, stale = live_runs(layout)
+        holds, stale = find_holds(layout)
         bad: list[Bad] = []
         left = differing = 0
         update_format(layout)
         for _, folders in sorted(_groups(layout, bad).items()):
-            parts_left, rows_differing = _compact_split(layout, folders, runs, bad)
+            parts_left, rows_differing = _compact_split(layout, folders, holds, bad)
             left, differing = left + parts_left, differing + rows_differing
         with layout.lock("store.lock", exclusive=True):
             remove_unused_keys(layout)
@@ -134,7 +134,7 @@ def compact(folder: Path) -> CompactResult:
         blocks_after=blocks_after,
         bytes_before=bytes_before,
         bytes_after=bytes_after,
-        left_for_live=left,
+        left_in_use=left,
         differing=differing,
         bad=tuple(bad),
     )
@@ -157,7 +157,7 @@ def _groups(layout: Layout, bad: list[Bad]) -> dict[tuple[str, str], dict[str, l
 
 
 def _compact_split(
-    layout: Layout, folders: dict[str, list[Path]], runs: list[LiveRun], bad: list[Bad]
+    layout: Layout, folders: dict[str, list[Path]], holds: list[Hold], bad: list[Bad]
 ) -> tuple[int, int]:
     """Compact the blocks of all teachers for one task and split. Returns how many parts were left
     and how many rows differed."""
@@ -172,7 +172,7 @@ def _compact_split(
         except BadBlockError:
             continue  # altered or set aside meanwhile: left for the next time
         differing += rows_differing
-        held = any(run.holds(teacher.folder) for run in runs)
+        held = any(hold.covers(teacher.folder) for hold in holds)
         for part in teacher.parts:
             if part.path == merged:
                 continue

@@ -60,7 +60,7 @@ class Layout:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.keys, self.values, self.tmp = root / "keys", root / "values", root / "tmp"
-        self.quarantine, self.live = root / "quarantine", root / "live"
+        self.quarantine, self.holds = root / "quarantine", root / "live"
         self.leases = root / "leases"
 
     def key_path(self, key_hash: str) -> Path:
@@ -302,15 +302,16 @@ def old_temporaries(layout: Layout) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class LiveRun:
-    """A run that uses the store now. teachers: patterns of folder names under values/."""
+class Hold:
+    """A run that uses the store now, from its file in live/. teachers: patterns of folder names
+    under values/."""
 
     host: str
     pid: int
     run: str
     teachers: tuple[str, ...]
 
-    def holds(self, teacher: str) -> bool:
+    def covers(self, teacher: str) -> bool:
         """Whether the run uses this folder under values/."""
         return any(fnmatchcase(teacher, pattern) for pattern in self.teachers)
 
@@ -326,7 +327,7 @@ def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
     name = unique_name("run") + ".json"
     about = {"host": socket.gethostname(), "pid": os.getpid(), "run": run}
     text = json.dumps({**about, "teachers": sorted(set(teachers)), "since": time.time()})
-    first_path, path = layout.tmp / name, layout.live / name
+    first_path, path = layout.tmp / name, layout.holds / name
     try:
         file = open(first_path, "x")  # noqa: SIM115 (open while held)
         file.write(text)
@@ -347,17 +348,17 @@ def hold(layout: Layout, run: str, teachers: Sequence[str]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def live_runs(layout: Layout) -> tuple[list[LiveRun], list[Path]]:
-    """(the runs that use the store now, the files that dead runs left)."""
-    runs: list[LiveRun] = []
+def find_holds(layout: Layout) -> tuple[list[Hold], list[Path]]:
+    """(the holds of runs that use the store now, the files of runs that have ended)."""
+    holds: list[Hold] = []
     stale: list[Path] = []
-    for path in sorted(layout.live.glob("*.json")):
+    for path in sorted(layout.holds.glob("*.json")):
         try:
             with open(path) as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except OSError:
-                    runs.append(_read_run(file.read()))
+                    holds.append(_read_hold(file.read()))
                 else:
                     fcntl.flock(file, fcntl.LOCK_UN)
                     stale.append(path)
@@ -366,14 +367,14 @@ def live_runs(layout: Layout) -> tuple[list[LiveRun], list[Path]]:
         except OSError:
             # The facts of a run are unknown if this process may not open its file. Then all teacher
             # folders count as used.
-            runs.append(_read_run(""))
-    return runs, stale
+            holds.append(_read_hold(""))
+    return holds, stale
 
 
-def _read_run(text: str) -> LiveRun:
+def _read_hold(text: str) -> Hold:
     try:
         about = json.loads(text)
         teachers = tuple(about["teachers"])
-        return LiveRun(about["host"], about["pid"], about["run"], teachers)
+        return Hold(about["host"], about["pid"], about["run"], teachers)
     except (ValueError, LookupError, TypeError, RecursionError):
-        return LiveRun("?", 0, "?", ("*",))
+        return Hold("?", 0, "?", ("*",))

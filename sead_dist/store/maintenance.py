@@ -30,11 +30,11 @@ from sead_dist.store.ids import Bools, read_key_block, union
 from sead_dist.store.layout import (
     BLOCK_SUFFIX,
     BusyError,
+    Hold,
     Layout,
-    LiveRun,
     create,
     existing,
-    live_runs,
+    find_holds,
     old_temporaries,
     set_aside,
     unreadable,
@@ -188,15 +188,15 @@ def remove_unused_keys(layout: Layout) -> None:
 
 @dataclass(frozen=True)
 class Listing:
-    """The content of a store. quarantined: number of files set aside. live: the runs that use it
-    now."""
+    """The content of a store. quarantined: number of files set aside. holds: those of the runs
+    that use it now."""
 
     rows: tuple[Row, ...]
     num_key_blocks: int
     key_bytes: int
     value_bytes: int
     quarantined: int
-    live: tuple[LiveRun, ...]
+    holds: tuple[Hold, ...]
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def list_store(folder: Path) -> Listing:
         key_bytes=sum(keys.values()),
         value_bytes=sum(block.num_bytes for block in blocks),
         quarantined=len(os.listdir(layout.quarantine)) if layout.quarantine.is_dir() else 0,
-        live=tuple(live_runs(layout)[0]),
+        holds=tuple(find_holds(layout)[0]),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from sead_dist.config.names import did_you_mean
 from sead_dist.errors import UserError
 from sead_dist.store.blocks import ValueBlock
-from sead_dist.store.layout import BLOCK_SUFFIX, Layout, LiveRun, existing, live_runs
+from sead_dist.store.layout import BLOCK_SUFFIX, Hold, Layout, existing, find_holds
 from sead_dist.store.maintenance import (
     Row,
     headers,
@@ -25,8 +25,8 @@ MIN_PREFIX = 6
 
 @dataclass(frozen=True)
 class Removal:
-    """A plan: what would be removed (rows, paths), and what was chosen but is kept, with the run
-    that uses it.
+    """A plan: what would be removed (rows, paths), and what was chosen but is kept, with the hold
+    of a run that uses it.
 
     num_bytes: freed, with key blocks that nothing needs any more.
     """
@@ -35,7 +35,7 @@ class Removal:
     rows: tuple[Row, ...]
     paths: tuple[Path, ...]
     num_bytes: int
-    kept: tuple[tuple[Row, LiveRun], ...]
+    kept: tuple[tuple[Row, Hold], ...]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def plan_removal(
         and (task is None or block.task == task)
         and (older_than_s is None or block.written_at < limit)
     ]
-    runs, _ = live_runs(layout)
-    holder = {block.folder: run for block in chosen for run in runs if run.holds(block.folder)}
+    holds, _ = find_holds(layout)
+    holder = {one.folder: hold for one in chosen for hold in holds if hold.covers(one.folder)}
     free = [block for block in chosen if block.folder not in holder]
     kept = [block for block in chosen if block.folder in holder]
     going, num_bytes = _until_small(layout, blocks, free, keep_bytes)
@@ -145,9 +145,9 @@ def remove(plan: Removal) -> Removed:
     kept = changed = num_blocks = num_bytes = 0
     with maintenance_lock(layout), layout.lock("store.lock", exclusive=True):
         before = sum(key_sizes(layout).values())
-        runs, _ = live_runs(layout)
+        holds, _ = find_holds(layout)
         for path in plan.paths:
-            if any(run.holds(path.parent.name) for run in runs):
+            if any(hold.covers(path.parent.name) for hold in holds):
                 kept += 1
                 continue
             try:

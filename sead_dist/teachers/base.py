@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from sead_dist.data.order import Batch, BatchStream, Split, Step
-from sead_dist.models.hidden_states import LayerOutputs, TeacherLogits
+from sead_dist.models.hidden_states import TeacherLogits
+from sead_dist.teachers.feature_teacher import FeatureTeacher
 
 
 @dataclass(frozen=True)
@@ -42,30 +43,18 @@ class TeacherSource(Protocol):
         ...
 
 
-class LiveTeacher(Protocol):
-    """A teacher that every rank holds, for outputs that are too large to keep.
-
-    until: it gives layer outputs in the steps (from 0) before this one.
-    """
-
-    @property
-    def until(self) -> int: ...
-
-    def layer_outputs(self, batch: Batch) -> LayerOutputs: ...
-
-
 @dataclass(frozen=True)
 class TaughtStep:
     """A step with its teachers' logits for each micro-batch.
 
-    waited_s: the seconds spent on waiting for them. live: the teacher that also gives its hidden
-    states and attention in this step.
+    waited_s: the seconds spent on waiting for them. feature_teacher: set in steps that need its
+    hidden states and attention.
     """
 
     step: Step
     teachers: list[TeacherLogits] | None
     waited_s: float
-    live: LiveTeacher | None = None
+    feature_teacher: FeatureTeacher | None = None
 
     def micro_batches(self) -> Iterator[tuple[Batch, TeacherLogits | None]]:
         """Each micro-batch with the outputs of its teachers.
@@ -75,14 +64,14 @@ class TaughtStep:
         """
         for place, batch in enumerate(self.step.batches):
             said = None if self.teachers is None else self.teachers[place]
-            if said is not None and self.live is not None:
-                said = replace(said, layer_outputs=self.live.layer_outputs(batch))
+            if said is not None and self.feature_teacher is not None:
+                said = replace(said, layer_outputs=self.feature_teacher.layer_outputs(batch))
             yield batch, said
 
     @property
-    def live_rows(self) -> int:
-        """Forwards of the live teacher in this step, over all ranks."""
-        return 0 if self.live is None else self.step.valid_rows
+    def feature_rows(self) -> int:
+        """Forwards of the feature teacher in this step, over all ranks."""
+        return 0 if self.feature_teacher is None else self.step.valid_rows
 
 
 def rows_of(answer: TeacherLogits, entries_R: np.ndarray, entries_B: torch.Tensor) -> TeacherLogits:
@@ -95,7 +84,7 @@ def rows_of(answer: TeacherLogits, entries_R: np.ndarray, entries_B: torch.Tenso
 
 
 def no_logits(batch: Batch) -> TeacherLogits:
-    """The logits of no teacher, for steps in which only a live teacher gives outputs."""
+    """The logits of no teacher, for steps in which only the feature teacher gives outputs."""
     B = len(batch.valid_B)
     return TeacherLogits(torch.zeros(0, B, 0), torch.zeros(0, B, dtype=torch.bool))
 
@@ -107,9 +96,10 @@ def stream(
     prefetch_rows: int,
     depth: int,
     asked: Callable[[range, np.ndarray], np.ndarray | None],
-    live: LiveTeacher | None = None,
+    feature_teacher: FeatureTeacher | None = None,
 ) -> Iterator[TaughtStep]:
-    """The steps from `start` on, each with its teachers' logits and the layer outputs of `live`.
+    """The steps from `start` on, each with its teachers' logits and the feature teacher's layer
+    outputs.
 
     Teachers compute windows of up to `prefetch_rows` rows. They are `depth` windows ahead of the
     student (0: a window is computed when the student reaches it). A teacher's outputs depend on
@@ -118,9 +108,9 @@ def stream(
     if source is None:
         for number in range(start, batches.total_steps):
             step = batches.step(number)
-            shows = live is not None and number < live.until
+            shows = feature_teacher is not None and number < feature_teacher.until
             parts = [no_logits(batch) for batch in step.batches] if shows else None
-            yield TaughtStep(step, parts, 0.0, live if shows else None)
+            yield TaughtStep(step, parts, 0.0, feature_teacher if shows else None)
         return
     windows = batches.windows(start, prefetch_rows)
     ahead: deque[tuple[range, np.ndarray, Future[TeacherLogits]]] = deque()
@@ -151,6 +141,6 @@ def stream(
         for number in steps:
             step = batches.step(number)
             parts = [rows_of(answer, entries_R, batch.entries_B) for batch in step.batches]
-            shows = live is not None and number < live.until
-            yield TaughtStep(step, parts, waited_s, live if shows else None)
+            shows = feature_teacher is not None and number < feature_teacher.until
+            yield TaughtStep(step, parts, waited_s, feature_teacher if shows else None)
             waited_s = 0.0

@@ -14,7 +14,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.data.order import Batch
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import LayerOutputs, LayerParts, WantedLayers, reading
-from sead_dist.models.hidden_states_check import check_inside, check_kind
+from sead_dist.models.hidden_states_check import check_kind, check_layer_outputs
 from sead_dist.models.inputs import ModelInputs
 from sead_dist.models.inputs_check import Padding
 from sead_dist.models.sequence_classifier import outline
@@ -142,5 +142,5 @@ def load_feature_teacher(
     padded = replace(teacher, cut=replace(teacher.cut, pack_from=None))
     model = load_whole(padded, device, config.trust_remote_code, {})
     if config.feature_loss is not None:
-        check_inside(model, teacher.inputs, config.feature_loss, f"teacher {teacher.name}")
+        check_layer_outputs(model, teacher.inputs, config.feature_loss, f"teacher {teacher.name}")
     return model

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sead_dist.config.names import renamed_record
 from sead_dist.data.order import Cursor
 from sead_dist.errors import RunError, UserError, reason
 from sead_dist.runtime.distributed import World, barrier, from_main, gather_objects, on_every_rank
@@ -179,7 +180,7 @@ class Checkpointer:
                             "with the version that wrote it"
                         )
                     state: TrainState = read_as(TrainState, folder / "state.json", "state")
-                    return folder, state
+                    return folder, replace(state, totals=renamed_record(state.totals))
             if any(self.folder.glob("step-*[0-9]")):
                 tell("no checkpoint can be used: the run starts again at step 0")
             return None

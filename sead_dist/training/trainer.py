@@ -28,7 +28,8 @@ from sead_dist.runtime.distributed import (
 )
 from sead_dist.runtime.heartbeat import Heartbeat, StopRequestedError
 from sead_dist.runtime.run_log import RunLog
-from sead_dist.teachers.base import LiveTeacher, TaughtStep, TeacherSource, stream
+from sead_dist.teachers.base import TaughtStep, TeacherSource, stream
+from sead_dist.teachers.feature_teacher import FeatureTeacher
 from sead_dist.training.checkpoint import Checkpointer, SaveClock, TrainState
 from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
@@ -64,7 +65,7 @@ class Trainer:
     metric: str
     stop: StopFlag
     heartbeat: Heartbeat
-    live: LiveTeacher | None = None
+    feature_teacher: FeatureTeacher | None = None
     patience_steps: int | None = None
 
     def run(self, state: TrainState) -> TrainState:
@@ -81,7 +82,7 @@ class Trainer:
             self.config.window_rows,
             depth,
             self.asked,
-            self.live,
+            self.feature_teacher,
         )
         tally = Tally(len(self.teacher_names))
         clock = SaveClock()
@@ -102,7 +103,7 @@ class Trainer:
                     rows=taught.step.valid_rows,
                     train_s=spent_s + taught.waited_s,
                     wait_s=taught.waited_s,
-                    live_rows=taught.live_rows,
+                    feature_rows=taught.feature_rows,
                 )
                 tally.seconds += spent_s + taught.waited_s
                 tally.waited_s += taught.waited_s
@@ -142,7 +143,7 @@ class Trainer:
         for place, (batch, teachers) in enumerate(taught.micro_batches()):
             self.engine.seed_micro_batch(batch.step, batch.micro)
             with self.engine.accumulate(last=place == len(batches) - 1):
-                student_BC, inside = self.forward(batch, taught.live is not None)
+                student_BC, layer_outputs = self.forward(batch, taught.feature_teacher is not None)
                 device = student_BC.device
                 labels_B, valid_B = batch.labels_B.to(device), batch.valid_B.to(device)
                 soft = None
@@ -158,7 +159,7 @@ class Trainer:
                 shown = None if teachers is None else teachers.layer_outputs
                 terms = self.loss.terms(
                     student_BC, labels_B, valid_B, soft, batch.step, taught.step.valid_rows,
-                    inside, shown, batch.inputs["attention_mask"],
+                    layer_outputs, shown, batch.inputs["attention_mask"],
                 )  # fmt: skip
                 self.engine.backward(terms.total)
             self.heartbeat.count_progress(
@@ -174,9 +175,9 @@ class Trainer:
 
     def forward(self, batch: Batch, reads: bool) -> tuple[torch.Tensor, LayerOutputs | None]:
         """The student's logits_BC, and its hidden states and attention if they are compared."""
-        with self.loss.reading(reads) as inside:
+        with self.loss.reading(reads) as layer_outputs:
             choices = self.batches.split.tokens.choices
-            return self.engine.forward(batch.inputs, choices), inside
+            return self.engine.forward(batch.inputs, choices), layer_outputs
 
     def asked(self, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
         """The asked_NR: which teachers these steps need for which examples (None: all for all)."""

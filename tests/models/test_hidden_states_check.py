@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.errors import UserError
 from sead_dist.models import hidden_states_check as innercheck
-from sead_dist.models.hidden_states_check import check_inside, check_kind
+from sead_dist.models.hidden_states_check import check_kind, check_layer_outputs
 from sead_dist.models.sequence_classifier import outline
 
 METHODS = ("distilbert", "tinybert", "minilm")
@@ -60,7 +60,7 @@ def test_what_would_be_misread_is_told_of_the_kind_and_of_a_model_with_new_weigh
     fix = "give a model built like BERT .*method=single" + (
         "" if method == "distilbert" else "|method=distilbert, which needs only hidden states"
     )
-    for check, one in ((check_inside, model), (check_kind, outline(config_of(kind)))):
+    for check, one in ((check_layer_outputs, model), (check_kind, outline(config_of(kind)))):
         with pytest.raises(
             UserError, match=rf"^it \({kind}\): its layers cannot be read: .*{said}"
         ) as told:
@@ -76,7 +76,7 @@ def test_what_a_body_gives_is_read_where_layers_hold_something_else(kind):
     # norms behind the last layer, rows lengthened inside, other orders of axes
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(config_of(kind))
-    check_inside(model, INPUTS, "distilbert", "it")
+    check_layer_outputs(model, INPUTS, "distilbert", "it")
     check_kind(outline(config_of(kind)), INPUTS, "distilbert", "it")
 
 
@@ -84,7 +84,7 @@ def test_what_a_body_gives_is_read_where_layers_hold_something_else(kind):
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "distilbert"])
 def test_what_is_read_rightly_passes(kind, method):
     model = build_model(kind)
-    check_inside(model, INPUTS, method, "it")
+    check_layer_outputs(model, INPUTS, method, "it")
     check_kind(outline(model.config), INPUTS, method, "it")
 
 
@@ -92,7 +92,7 @@ def test_what_a_method_does_not_read_is_not_looked_at():
     # RoFormer rotates queries and keys; XLM's layers lie side by side, each part in a list
     for kind, method in (("roformer", "distilbert"), ("xlm", "minilm")):
         model = AutoModelForSequenceClassification.from_config(config_of(kind))
-        check_inside(model, INPUTS, method, "it")
+        check_layer_outputs(model, INPUTS, method, "it")
         check_kind(outline(config_of(kind)), INPUTS, method, "it")
 
 
@@ -100,7 +100,7 @@ def test_a_left_padded_row_and_bf16_are_read_as_well():
     tokenizer = grammar_tokenizer()
     tokenizer.padding_side = "left"
     for method in METHODS:
-        check_inside(
+        check_layer_outputs(
             build_model(num_hidden_layers=2).bfloat16(), model_inputs(32, tokenizer), method, "it"
         )
 
@@ -113,7 +113,7 @@ def test_weights_of_its_own_are_looked_at_where_the_kind_cannot_be_cut_down(monk
     check_kind(outline(config_of("roformer")), INPUTS, "minilm", "it")
     model = AutoModelForSequenceClassification.from_config(config_of("roformer"))
     with pytest.raises(UserError, match="its layers cannot be read"):
-        check_inside(model, INPUTS, "minilm", "it")
+        check_layer_outputs(model, INPUTS, "minilm", "it")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roformer"])
@@ -124,7 +124,7 @@ def test_the_model_and_the_generator_are_as_before(kind):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     kernel, drawn = model.config._attn_implementation, torch.random.get_rng_state()
     try:
-        check_inside(model, INPUTS, "minilm", "it")
+        check_layer_outputs(model, INPUTS, "minilm", "it")
         check_kind(outline(model.config), INPUTS, "minilm", "it")
     except UserError:
         assert kind == "roformer"
@@ -139,4 +139,4 @@ def test_a_model_that_fails_when_it_is_asked_is_told(monkeypatch):
     model = build_model()
     monkeypatch.setattr(type(model), "forward", lambda *_args, **_more: 1 / 0)
     with pytest.raises(UserError, match=r"attentions fails \(division by zero\); give a model"):
-        check_inside(model, INPUTS, "minilm", "it")
+        check_layer_outputs(model, INPUTS, "minilm", "it")

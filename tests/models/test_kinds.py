@@ -24,7 +24,7 @@ from sead_dist.cli.grammar import grammar_tokenizer
 from sead_dist.config.schema import StudentConfig
 from sead_dist.data.tokens import tokenize
 from sead_dist.errors import RunError, UserError
-from sead_dist.models.hidden_states_check import check_inside
+from sead_dist.models.hidden_states_check import check_layer_outputs
 from sead_dist.models.inputs import settle, student_inputs
 from sead_dist.models.inputs_check import (
     check_teacher,
@@ -176,7 +176,8 @@ def its_features(kind: str) -> str:
     read = [
         method
         for method in METHODS
-        if outcome(lambda method=method: check_inside(model, inputs, method, "it")) == "works"
+        if outcome(lambda method=method: check_layer_outputs(model, inputs, method, "it"))
+        == "works"
     ]
     return "all" if len(read) == len(METHODS) else ", ".join(read) or "rejected"
 

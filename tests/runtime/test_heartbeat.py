@@ -1,4 +1,4 @@
-"""The watch over ranks, by the hands of a clock of our own."""
+"""The check of ranks, by the hands of a clock of our own."""
 
 import json
 from dataclasses import asdict

@@ -348,7 +348,7 @@ def test_large_parts_stay_while_a_run_holds_the_teacher(tmp_path, monkeypatch):
     ids, key = make_ids(500), make_key()
     fill_in_parts(tmp_path, ids, key, 3)
     with StoreFolder(tmp_path).hold("runs/a", [key]):
-        assert compact(tmp_path).left_for_live == 3
+        assert compact(tmp_path).left_in_use == 3
         assert len(blocks_of(tmp_path)) == 4
     assert compact(tmp_path).blocks_after == 1
     check_reads(tmp_path, ids, key)
@@ -360,9 +360,9 @@ def test_a_run_that_accepts_any_numerics_holds_them_all(tmp_path, monkeypatch):
     fill_in_parts(tmp_path, ids, key, 3)
     elsewhere = replace(key, numerics="of another machine")
     with StoreFolder(tmp_path).hold("runs/a", [elsewhere], accept_any=True):
-        assert compact(tmp_path).left_for_live == 3
+        assert compact(tmp_path).left_in_use == 3
     with StoreFolder(tmp_path).hold("runs/a", [elsewhere]):
-        assert compact(tmp_path).left_for_live == 0
+        assert compact(tmp_path).left_in_use == 0
 
 
 # ---------------------------------------------------------------- rm
@@ -451,7 +451,7 @@ def test_rm_leaves_what_a_live_process_holds_and_takes_it_after_that_is_killed(t
     assert [row.teacher for row in plan.rows] == ["teacher-2"]
     ((row, run),) = plan.kept
     assert (row.teacher, run.pid, run.run) == ("teacher-1", process.pid, "runs/live")
-    assert [live.pid for live in list_store(tmp_path).live] == [process.pid]
+    assert [hold.pid for hold in list_store(tmp_path).holds] == [process.pid]
     # The plan made before the run began must not take it either.
     done = remove(early)
     assert (done.num_blocks, done.kept) == (1, 1)
@@ -479,9 +479,9 @@ def test_a_plan_says_so_where_a_compact_came_between(tmp_path):
 def test_a_hold_ends_with_its_block_also_after_an_error(tmp_path):
     store = StoreFolder(tmp_path)
     with pytest.raises(KeyError), store.hold("runs/a", [make_key()]):
-        assert len(list_store(tmp_path).live) == 1
+        assert len(list_store(tmp_path).holds) == 1
         raise KeyError
-    assert list_store(tmp_path).live == ()
+    assert list_store(tmp_path).holds == ()
     assert os.listdir(tmp_path / "live") == []
 
 

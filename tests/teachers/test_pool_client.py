@@ -11,7 +11,7 @@ from small import ALONE, load_teachers, make_source, save_teacher, small_split
 
 from sead_dist.errors import RunError
 from sead_dist.store.layout import create
-from sead_dist.teachers import pool_client as follow
+from sead_dist.teachers import pool_client
 from sead_dist.teachers.pool_client import Awaited, PoolClient, store_id
 
 SILENT_S, LOOKS = 10.0, 40
@@ -25,7 +25,7 @@ def waiting(tmp_path, monkeypatch):
     )
     clock = count()
     monkeypatch.setattr(
-        follow, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _s: None)
+        pool_client, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda _s: None)
     )
     table = source.table(0, small_split(21))
     awaited = Awaited("a", table, np.arange(21), np.zeros(21, bool))

@@ -121,10 +121,10 @@ class Pretended(Stopwatch):
 
 
 def pretended(speed, until):
-    watch = Pretended(CPU, until)
-    watch.speed = speed
+    stopwatch = Pretended(CPU, until)
+    stopwatch.speed = speed
     return measure_batches(
-        watch,
+        stopwatch,
         [16, 64],
         lambda _length: 32,
         lambda rows, length: lambda: RATE.seconds([length], [rows]),

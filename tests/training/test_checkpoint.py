@@ -66,6 +66,13 @@ def test_what_was_saved_comes_back_and_training_goes_on_bit_for_bit(tmp_path, en
     assert other.learning_rate == rate
 
 
+def test_sums_of_an_older_version_are_read_under_their_present_names(tmp_path, engine):
+    checkpoints = keeper(tmp_path)
+    checkpoints.save(engine, replace(state_at(1), totals={"rows": 8.0, "live_rows": 4.0}))
+    _, state = checkpoints.latest()
+    assert state.add(feature_rows=4).totals == {"rows": 8.0, "feature_rows": 8.0}
+
+
 def test_no_checkpoint_is_no_state(tmp_path):
     assert keeper(tmp_path).latest() is None
 
