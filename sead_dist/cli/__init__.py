@@ -1,4 +1,7 @@
-"""The commands: each parses its arguments, calls the packages below and prints."""
+"""The commands: each parses its arguments, calls the packages below and prints.
+
+Others use `main`.
+"""
 
 from typing import Any
 

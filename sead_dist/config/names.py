@@ -46,6 +46,11 @@ VALUES = {
     ("start", "guide"): "feature_teacher",
     ("select.on", "select"): "held_out",
     ("drift", "on"): "fp32",
+    **{
+        (f"{entries}.{key}", "refuse"): "reject"
+        for entries in ("teachers", "encoders")
+        for key in ("unknown", "duplicates")
+    },
     # warmup=1 was a share, all steps; warmup_steps=1 is one step. So an old run's identity has a
     # value that no present run has, and a command or a file gets a share just below 1.
     ("warmup", 1.0): "all steps",

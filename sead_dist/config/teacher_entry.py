@@ -180,11 +180,11 @@ class TeacherConfig(Section):
     """of a file: the column that names whose vote a row is; null: annotator or sample, if any"""
     abstain: tuple[str, ...] = ()
     """of a file: what stands for no prediction, such as [unsure, ""]"""
-    unknown: Literal["refuse", "skip"] = "refuse"
-    """refuse | skip: of a file, labels that the task does not have; refuse: they are an error;
+    unknown: Literal["reject", "skip"] = "reject"
+    """reject | skip: of a file, labels that the task does not have; reject: they are an error;
     skip: their rows have no prediction"""
-    duplicates: Literal["refuse", "mean"] = "refuse"
-    """refuse | mean: of a file, different predictions of one row; refuse: they are an error; mean:
+    duplicates: Literal["reject", "mean"] = "reject"
+    """reject | mean: of a file, different predictions of one row; reject: they are an error; mean:
     their mean is the prediction"""
     smoothing: Annotated[float, Field(ge=0, le=MANY)] = 0.1
     """of a file: what is added to the votes of each class"""

@@ -228,7 +228,7 @@ def kind_of_values(sheet: Sheet) -> str:
 
 def reject_unknown(sheet: Sheet) -> None:
     """Raises UserError for labels that the task lacks, unless the entry allows them."""
-    if sheet.unknown and sheet.entry.unknown == "refuse":
+    if sheet.unknown and sheet.entry.unknown == "reject":
         raise UserError(
             f"{sheet.path} has labels that task {sheet.task.name} does not have: "
             f"{counts(sheet.unknown)}; its labels: {', '.join(sheet.task.labels)}; map them "
@@ -257,7 +257,7 @@ def merged(
         alike = [np.allclose(found[0][1], of, rtol=SAME, atol=SAME) for _, of in found]
         if all(alike):
             continue
-        if entry.duplicates == "refuse":
+        if entry.duplicates == "reject":
             what, other = key if isinstance(key, str) else key[0], found[alike.index(False)][0]
             raise UserError(
                 f"{path}: rows {found[0][0]} and {other} hold different predictions of "

@@ -125,7 +125,7 @@ def check_saved(
 
 def reject(folder: Path, reason: str) -> NoReturn:
     """Rename the model's folder, so that nothing uses it as the run's model. Raises RunError."""
-    aside = folder.with_name(f"{folder.name}.refused")
+    aside = folder.with_name(f"{folder.name}.rejected")
     put_folder(folder, aside)
     raise RunError(
         f"the saved model is not what was trained: {reason}; it is now {aside}, and the last "

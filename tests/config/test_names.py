@@ -73,6 +73,13 @@ def test_sections_of_an_old_file_read_as_todays():
     assert renamed_config({"gate": "on", "drift": "off"}) == {"teacher_validation": "on"}
 
 
+def test_values_of_an_old_entry_of_teachers_read_as_todays():
+    old = {"predictions": "a.csv", "unknown": "refuse", "duplicates": "mean"}
+    now = {**old, "unknown": "reject"}
+    assert renamed(old, "teachers.") == now
+    assert renamed_config({"teachers": [old], "encoders": ["a"]})["teachers"] == [now]
+
+
 def test_names_of_todays_files_are_left_alone():
     now = load_config(["sst2", "output_dir=x", "teachers=[{path: a, quantization: int8}]"])
     keys = now.model_dump(mode="json")

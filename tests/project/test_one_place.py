@@ -1,6 +1,8 @@
-"""What the package does in one place: printing, ending the process, renaming files, YAML."""
+"""What the package does in one place: printing, ending the process, renaming files, YAML; and what
+its packages say that others use."""
 
 import ast
+import re
 
 import pytest
 from source_text import trees
@@ -59,3 +61,24 @@ RENAMES = {"runtime/files.py", "store/layout.py", "teachers/pool.py"}
 def test_is_done_in_one_place(names, places):
     found = {path for path, tree in trees() if names & names_of(tree)}
     assert {path for path in found if not path.startswith("cli/")} == places
+
+
+def test_each_package_says_which_of_its_names_others_use():
+    modules = {path: tree for path, tree in trees() if path.count("/") == 1}
+    packages = {path.split("/")[0]: tree for path, tree in modules.items() if "__init__" in path}
+    assert len(packages) > 12
+    for package, tree in packages.items():
+        first, _, others = (ast.get_docstring(tree) or "").partition("\n\n")
+        assert first.endswith("."), package
+        assert others.startswith("Others use `"), package
+        of_it = {path: of for path, of in modules.items() if path.startswith(f"{package}/")}
+        defined = {
+            node.name
+            for of in of_it.values()
+            for node in of.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        named = set(re.findall(r"`(\w+)`", others))
+        assert named <= defined, package
+        # a name of a function and a module of that name would hide each other
+        assert named & {path.split("/")[1].removesuffix(".py") for path in of_it} == set()

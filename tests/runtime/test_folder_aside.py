@@ -157,7 +157,7 @@ def killed_between_renames(target: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["onnx", "model.refused", "model/plots", "checkpoints/step-00000002"]
+    "place", ["onnx", "model.rejected", "model/plots", "checkpoints/step-00000002"]
 )
 def test_the_old_folder_of_a_killed_process_is_put_back_where_leftovers_are_swept(tmp_path, place):
     (tmp_path / place).parent.mkdir(exist_ok=True)
@@ -183,16 +183,16 @@ def test_a_folder_written_again_after_a_kill_is_first_the_old_one(tmp_path):
 
 
 def test_a_folder_of_a_longer_name_is_not_put_back_under_a_shorter_one(tmp_path):
-    refused = folder_of(tmp_path / "model.refused", "old")
-    killed_between_renames(refused)
+    rejected = folder_of(tmp_path / "model.rejected", "old")
+    killed_between_renames(rejected)
     write_new(tmp_path / "model")
     sweep_leftovers(tmp_path)
-    assert (held(tmp_path / "model"), held(refused)) == (NEW, OLD)
+    assert (held(tmp_path / "model"), held(rejected)) == (NEW, OLD)
 
 
 def test_a_folder_that_is_there_already_gets_another_name(tmp_path):
     source = folder_of(tmp_path / "model", "old")
-    folder_of(tmp_path / "model.refused", "older")
-    put_folder(source, tmp_path / "model.refused")
-    assert held(tmp_path / "model.refused") == OLD
-    assert os.listdir(tmp_path) == ["model.refused"]
+    folder_of(tmp_path / "model.rejected", "older")
+    put_folder(source, tmp_path / "model.rejected")
+    assert held(tmp_path / "model.rejected") == OLD
+    assert os.listdir(tmp_path) == ["model.rejected"]
