@@ -49,7 +49,7 @@ def patience_steps(epoch: int) -> int:
 def run_steps(config: RunConfig, labelled: int, rows: int) -> int:
     """Optimiser steps of a run with `rows` training rows, `labelled` of them with a label.
 
-    max_steps decides, else num_train_epochs over the labelled rows. Where neither is given, a run
+    They are max_steps, else num_train_epochs over the labelled rows. Where neither is given, a run
     with teachers takes three passes over all rows, within bounds. A run without teachers takes
     three epochs, and at least 200 steps. With early_stopping_patience it takes at most ten epochs
     instead of three.

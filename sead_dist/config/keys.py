@@ -1,4 +1,4 @@
-"""Every key of a run: its default and its sentence, as the fields of RunConfig say them.
+"""Every key of a run: its default and its sentence, as the fields of RunConfig have them.
 
 `python -m sead_dist.config.keys` writes configs/base.yaml of them.
 """

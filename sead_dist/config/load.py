@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 DEFAULT_METHOD = "sead"
 # file in the folder of `finetune`, or of a sweep, with the paths of its encoders
 FIRST_ENCODERS = ".encoders.json"
-# keys of which an entry has one; it decides the kind of teacher
+# keys of which an entry has one; it determines the kind of teacher
 WHOLE_ENTRY = ("path", "model", "predictions", "endpoint")
 # a scalar given for one of these keys means its `path`
 SHORTHAND = ("store", "student")

@@ -25,7 +25,7 @@ PLUGINS = "plugins"
 MODEL = "model"
 # a causal language model with a prompt: by Transformers, or behind an OpenAI-compatible interface
 LANGUAGE_MODEL, ENDPOINT = "language_model", "endpoint"
-# the ensemble that asks no teacher, and the one whose data name each row's teacher
+# the ensemble without teachers, and the one whose data name each row's teacher
 NO_ENSEMBLE, ROUTED = "none", "routed"
 BUILT_IN: dict[str, tuple[str, ...]] = {
     "loss": ("kl", "mse", "mse_centered"),

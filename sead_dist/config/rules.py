@@ -1,4 +1,4 @@
-"""Versions of the rules that decide a student together with its settings and data.
+"""Versions of the rules that determine a student together with its settings and data.
 
 A run resumes only under the versions that it began with. So each change of such a rule raises its
 version.
@@ -26,5 +26,5 @@ SPLIT_RULES = 2
 # How a start is repaired (runs/repair.py).
 REPAIR_RULES = 1
 # Which rows no file of predictions answers (runs/requests.py).
-# Version 1: a row also counted as answered by a teacher that is not asked about it.
+# Version 1: a row also counted as answered by a teacher that it does not need.
 ANSWER_RULES = 2

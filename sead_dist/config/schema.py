@@ -60,12 +60,12 @@ class TaskKeys(Section):
     """finetune | single | mean | confidence | entropy | random | routed | distilbert | tinybert |
     minilm | sead, or your own YAML file of these keys: ensemble, teacher, loss, temperature, alpha,
     alpha_end, feature_loss, feature_loss_weight, feature_stage_ratio, student_init; null: only
-    these keys decide, and their defaults are those of sead (operational: these keys are compared
+    these keys count, and their defaults are those of sead (operational: these keys are compared
     instead)"""
     output_dir: Annotated[str, Operational]
     """the run directory (operational: a run may be moved)"""
     seed: Annotated[int, Field(ge=0)] = 0
-    """decides the order of the rows, dropout and new weights"""
+    """determines the order of the rows, dropout and new weights"""
     plugins: Annotated[list[str], Operational] = Field(default_factory=list)
     """your own Python files, which register losses, ensembles, kinds of teacher and of task
     (operational: their contents are compared instead)"""
@@ -268,7 +268,7 @@ class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
 
     @property
     def taught(self) -> bool:
-        """Whether teachers are asked. (Where none is, they may still lend a tokeniser.)"""
+        """Whether teachers predict. (Where none does, they may still lend a tokeniser.)"""
         return bool(self.teachers) and self.uses_teachers
 
     @property
@@ -295,7 +295,7 @@ class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
     @property
     def uses_copies(self) -> bool:
         """Whether copies of rows may be made: without teachers only under gold labels, and where
-        all are files, which have no answers for copies, only a number that is asked for."""
+        all are files, which have no answers for copies, only a number that a person sets."""
         if self.augment.copies == "auto" and self.teachers and not self.answers_any_text:
             return False
         return self.augment.copies is not None and (self.taught or self.augment.gold_labels)
@@ -312,8 +312,8 @@ class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
 
     @property
     def window_rows(self) -> int:
-        """Most rows of training steps that are asked of the teachers at once. Of a pool no more
-        than a work item, so that the student waits for little at a time."""
+        """Most rows of training steps that are requested of the teachers at once. Of a pool no
+        more than a work item, so that the student waits for little at a time."""
         rows = self.prefetch_rows
         return min(rows, self.pool.item_rows) if self.pooled else rows
 
@@ -329,7 +329,7 @@ class RunConfig(OutputKeys, TrainingKeys, MethodKeys, ModelKeys, TaskKeys):
     def identity(self) -> dict[str, Any]:
         """The keys a resume must find unchanged, flat (`data.max_train_examples`: 2000), and each
         plugin's hash. The keys of `augment` where no copies are made, and of `repair` where nothing
-        is repaired, decide nothing and are left out."""
+        is repaired, have no effect and are left out."""
         held = {f"plugin {name}": sha256[:16] for name, sha256 in hashes(self.plugins).items()}
         keys = {**_identity(self, ""), **held}
         used = {"augment.": self.uses_copies, "repair.": self.repair.text is not None}

@@ -144,7 +144,7 @@ class SelectionConfig(Section):
     """share of the training rows that is held out for choices: teacher validation, weights of
     teachers, and the best checkpoint if there are at least 500 such rows"""
     seed: int = 0
-    """decides which rows are held out and sampled; give teachers and students the same"""
+    """determines which rows are held out and sampled; give teachers and students the same"""
     split: Literal["held_out", "dev"] = "held_out"
     """held_out | dev; dev: choices are made on the dev split, as in published figures, and every
     table has a note on it"""

@@ -78,7 +78,7 @@ def automatic_copies(labelled: int, text: int) -> int:
 
 
 def run_rows(config: RunConfig, labelled: int, text: int) -> int:
-    """The number of training rows that a run asks for: labelled rows, text and copies. Fewer copies
+    """The number of training rows that a run aims at: labelled rows, text and copies. Fewer copies
     are made where some would be equal or have a held-out sentence. The length of a run does not
     depend on that."""
     asked = config.augment.copies
@@ -101,10 +101,10 @@ def keeps_label(operation: str, task: TaskSpec) -> bool:
 def fitting_operations(
     asked: Sequence[Operation] | None, task: TaskSpec, has_table: bool, gold_alone: bool
 ) -> list[Operation]:
-    """The operations of a run: those asked for, or all that fit the task. gold_alone: no teacher is
-    asked, so only operations that keep the label are of use.
+    """The operations of a run: those set, or all that fit the task. gold_alone: no teacher
+    predicts, so only operations that keep the label are of use.
 
-    Raises UserError for one that is asked for and does not fit.
+    Raises UserError for one that is set and does not fit.
     """
     fitting = []
     for operation in asked or OPERATIONS:
@@ -209,7 +209,7 @@ def change(
         return (anchor,), (partners.draw(anchor, rng),)
     if operation == "ngram":
         changed = keep_ngram(first[0], rng)
-        # only one text of a pair is cut: about two snippets nothing can be said
+        # only one text of a pair is cut: for two snippets there is no label
         if second and rng.random() < 0.5:
             return first, tuple(keep_ngram(text, rng) for text in second)
         return (changed,) * len(first), second
@@ -239,7 +239,7 @@ def generator(id_2: np.ndarray, seed: int, number: int) -> random.Random:
 
 @dataclass(frozen=True)
 class WantedCopies:
-    """Which copies are asked for. of_each: copies of each row; None: `in_all` copies in total.
+    """Which copies to make. of_each: copies of each row; None: `in_all` copies in total.
     gold_labels: copies keep the gold label where their operation keeps it."""
 
     operations: Sequence[Operation]
@@ -318,7 +318,7 @@ def _planned(
     sources: ExampleSet, rows: Sequence[int], total: int, wanted: WantedCopies
 ) -> list[tuple[int, int, Operation]]:
     """(row, number of the copy, operation) of each copy. The operations take turns in each row. The
-    row's contents decide which one is first."""
+    row's contents determine which one is first."""
     plan = []
     for place in range(total):
         number, row = place // len(rows), rows[place % len(rows)]

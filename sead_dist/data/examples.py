@@ -5,7 +5,7 @@ with them.
 
 Shapes: B examples, S sentences of an example, U unique examples, C classes. An identity is a
 128-bit hash of the exact input texts, kept as two int64. Equal rows have equal identities. Contents
-and seed alone decide which examples a cut takes. The order in the file does not, and is kept.
+and seed alone determine which examples a cut takes. The order in the file does not, and is kept.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Kinds of task. A kind says what a label is, what a head gives, and how a task is scored.
+"""Kinds of task: what a label is, what a head gives, and how a task is scored.
 
 All that depends on the kind of a task stands here.
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class TaskKind(ABC):
     """One kind of task. A subclass gives every attribute that has no value here."""
 
-    name: str  # as a task says it: kind: NAME
+    name: str  # as in a task: kind: NAME
     has_classes: bool  # the largest logit is the answer; else the one logit is a score
     head_of_labels: bool  # a text row has a logit for each label, aligned by name; else it has one
     label_type: type[np.generic]  # of labels_B
@@ -35,7 +35,7 @@ class TaskKind(ABC):
     soft_losses: tuple[str, ...]  # loss=auto is the first; others apply unless they need classes
     default_metrics: tuple[str, ...]  # of a task that names none
     problem_type: str | None = None  # Transformers' word for it, where it has one
-    card_note: str | None = None  # what a user of the model alone has to know, for the card
+    card_note: str | None = None  # what a user of the model alone needs to know, for the card
     # (reader of a task, as `TaskSpec.reader`) -> the names of the metrics that the task can have
     metric_names: Callable[[str], list[str]]
     # metrics of logits_BC, by name; ValueError where a row has no label
@@ -232,7 +232,7 @@ def number_name(name: str) -> str | None:
 def file_values(task: "TaskSpec") -> dict[str, int]:
     """Label values of a file (normalised) -> class index.
 
-    Numbers are class indices, unless the labels are numbers or the task says what they mean.
+    Numbers are class indices, unless the labels are numbers or the task gives their meaning.
     """
     named = {normalise_label(v): task.labels.index(to) for v, to in task.value_aliases.items()}
     named |= _label_names(task)
@@ -276,7 +276,7 @@ def score_of(value: Any) -> float:
 
 
 def align_name(task: "TaskSpec", name: str) -> int | None:
-    """The class index of a model's label name, or None where the name does not say which.
+    """The class index of a model's label name, or None where the name does not give one.
 
     `LABEL_0` names no class. A bare number names one only where the task's own labels are numbers.
     """
@@ -292,6 +292,6 @@ def _twice_named(task: "TaskSpec") -> str | None:
             if before != label:
                 return (
                     f"{alias!r} stands for {label!r} in {key} and for {before!r} in {where} "
-                    "(capitals, blanks, - and _ do not tell names apart); remove one"
+                    "(capitals, blanks, - and _ do not distinguish names); remove one"
                 )
     return None

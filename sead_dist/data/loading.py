@@ -143,7 +143,7 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool | None = None) ->
     """The rows of one file (or of a folder that `datasets.save_to_disk` wrote).
 
     `task` says which columns a TSV without a header has. skip_malformed: whether lines that cannot
-    be read are skipped; None where no key could ask for it. Raises UserError naming file and
+    be read are skipped; None where no key could set it. Raises UserError naming file and
     line.
     """
     kind = kind_of(path)
@@ -279,13 +279,13 @@ def _from_hub(task: TaskSpec, split: str, revision: str | None) -> Rows:
 
 def reach_hub(name: str, revision: str | None) -> None:
     """Raises at once where the hub cannot be reached; `datasets` would try for half a minute. With
-    HF_HUB_OFFLINE nothing is asked: `datasets` then uses what it has kept."""
+    HF_HUB_OFFLINE no request is sent: `datasets` then uses what it has kept."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
     if constants.HF_HUB_OFFLINE:
         return
-    with suppress(HfHubHTTPError):  # the hub answered; loading the rows says what is wrong
+    with suppress(HfHubHTTPError):  # the hub answered; loading the rows shows what is wrong
         HfApi().dataset_info(name, revision=revision, timeout=10)
 
 

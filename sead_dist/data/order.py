@@ -1,8 +1,8 @@
-"""The order of rows: tokenised examples -> Batch, and the Cursor that says where a run is.
+"""The order of rows: tokenised examples -> Batch, and the Cursor of the place where a run is.
 
 The order is a pure function of the number of rows, seed, epoch and global batch size (invariant 1).
 The number of ranks, prefetched rows and restarts do not change it. A global batch is a uniform
-random sample of the epoch's rows. Lengths decide only how it is cut into micro-batches.
+random sample of the epoch's rows. Lengths determine only how it is cut into micro-batches.
 
 Shapes: B rows of a micro-batch, L tokens, U unique examples (entries), K text rows per example,
 S steps of an epoch, G rows of a global batch, M micro-batches of a global batch.
@@ -113,7 +113,7 @@ class Batch:
 
     inputs: tensors [B*K, L]. labels_B: int64 (-1 unlabelled) or float32 (NaN unlabelled).
     valid_B: False for rows that only fill the shape. entries_B: the unique example of each row.
-    routes_B: the teacher that each row names, where the run asks for it.
+    routes_B: the teacher that each row names, where the run is routed.
     """
 
     step: int

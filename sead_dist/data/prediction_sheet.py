@@ -70,12 +70,12 @@ class Sheet:
 
     @cached_property
     def mapping(self) -> dict[str, str]:
-        """What labels of the file stand for, as the entry says."""
+        """What labels of the file stand for, by the entry."""
         return self.entry.labels if isinstance(self.entry.labels, dict) else {}
 
     @cached_property
     def numbers_are_mapped(self) -> bool:
-        """Whether the mapping says what numbers mean, and the task's own names do not."""
+        """Whether the mapping gives the meaning of numbers, and the task's own names do not."""
         task = self.task
         own = (*task.labels, *task.aliases, *task.value_aliases)
         return any(map(number_name, self.mapping)) and not any(map(number_name, own))

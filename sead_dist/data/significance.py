@@ -217,7 +217,7 @@ def resampled_scores(
     seed: int,
 ) -> Floats:
     """scores_SR: the score of each seed's logits on the same RESAMPLES draws of units. `seed` and
-    the number of units decide the draws."""
+    the number of units determine the draws."""
     rescorers = [rescorer(name, kind, logits_BC, inputs) for logits_BC in logits_SBC]
     units = int(units_of(inputs).max()) + 1
     pieces = [
@@ -377,7 +377,7 @@ def mean_difference(differences: Sequence[Difference]) -> Difference:
 
 
 def summarise(value: float, variance: float, freedom: float) -> Difference:
-    """Student's interval and p of a difference. The variance is 0 where both methods say the
+    """Student's interval and p of a difference. The variance is 0 where both methods give the
     same."""
     freedom = max(freedom, 1.0)
     reach = reach_of(variance, freedom)

@@ -107,7 +107,7 @@ class RunExamples:
 
 
 def route_of(config: RunConfig) -> Route | None:
-    """How rows name their teachers, where the run's method asks for it."""
+    """How rows name their teachers, where the run is routed."""
     if not config.taught or not config.routed or config.teacher_column is None:
         return None
     return Route(config.teacher_column, tuple(teacher_names(config.teachers)))
@@ -220,7 +220,7 @@ def split_off(
 
 
 def load_examples(config: RunConfig, task: TaskSpec) -> RunExamples:
-    """All splits of a run, without copies. Where teachers are asked, a split may have no gold
+    """All splits of a run, without copies. Where teachers predict, a split may have no gold
     labels at all. Raises UserError for what is wrong with the files."""
     names = [split for split in task.splits if split != "train"]
     route = route_of(config)

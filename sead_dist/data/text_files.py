@@ -71,7 +71,7 @@ def rows_of_text(
     content: bytes, path: Path, kind: str, task: TaskSpec, skip_malformed: bool | None
 ) -> list[Row]:
     """The rows of a text file's bytes. kind: one of TEXT_KINDS. path: the file's name, for
-    messages. skip_malformed: None where no key can ask for it."""
+    messages. skip_malformed: None where no key can set it."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -150,8 +150,8 @@ def reject_twins(names: Sequence[str], where: str, what: str) -> None:
 
 
 def _quoting(lines: Callable[[], Iterable[list[str]]], path: Path, task: TaskSpec) -> bool:
-    """Whether the quotation marks of a TSV are removed. A warning says so, or why they are kept.
-    lines: begins again at each call."""
+    """Whether the quotation marks of a TSV are removed. A warning says so, or gives the reason why
+    they are kept. lines: begins again at each call."""
     broken = _broken_text(lines())
     if broken is not None:
         _log.warning(
@@ -300,7 +300,7 @@ def _records(
 
 def _has_header(lines: Callable[[], Iterator[tuple[int, list[str]]]], task: TaskSpec) -> bool:
     """Whether the first line is a header. It is one if it names a column of the task. Else the
-    first line of the official width decides: if it holds a label in the official place, there is no
+    first line of the official width counts: if it holds a label in the official place, there is no
     header. So a header with other names is never read as data."""
     first = next(lines(), None)
     if first is None:

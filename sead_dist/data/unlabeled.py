@@ -96,7 +96,7 @@ def gather_text(
         found += read - more
         text = concatenate(text, other)
     if most < len(text):
-        # rows are numbered, so that the two kinds can be told apart after the sample
+        # rows are numbered, so that the two kinds can be distinguished after the sample
         marked = replace(text, rows_B=np.arange(len(text)))
         places_B = sample(marked, most, seed).rows_B
         own = int((places_B < own).sum())

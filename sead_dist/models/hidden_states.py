@@ -54,7 +54,7 @@ class LayerParts:
     """Where a model's parts are.
 
     layers: in the order in which they run; a layer that runs several times stands there as often.
-    attention: for each layer its maps for queries, keys and values; empty where not asked for.
+    attention: for each layer its maps for queries, keys and values; empty where not needed.
     body: the module that gives the last hidden states; None: the last layer gives them.
     """
 
@@ -97,7 +97,7 @@ def layer_stack(model: PreTrainedModel) -> nn.ModuleList | None:
 
 def running_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers in the order in which they run. Where a model has fewer layers than its config
-    says (ALBERT), each runs several times in a row. Empty where none are found."""
+    gives (ALBERT), each runs several times in a row. Empty where none are found."""
     if (stack := layer_stack(model)) is not None:
         return list(stack)
     depth = getattr(model.config, "num_hidden_layers", None) or 0
@@ -215,8 +215,8 @@ def _keep(
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """logits_NBC: in task class order, float32. present_NB: False where a teacher was not asked.
-    layer_outputs: those of the run's feature teacher, where the method asks for them."""
+    """logits_NBC: in task class order, float32. present_NB: False where a teacher was not needed.
+    layer_outputs: those of the run's feature teacher, where the method compares them."""
 
     logits_NBC: torch.Tensor
     present_NB: torch.Tensor

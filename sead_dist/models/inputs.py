@@ -1,7 +1,7 @@
-"""What a model is fed: `ModelInputs` decides it for students and teachers alike.
+"""What a model is fed: `ModelInputs` determines it for students and teachers alike.
 
 Training, teachers, packs, feature losses, `evaluate`, `predict` and the export take tokens, padding
-and check rows from it. None of them decides any of these. `inputs_check.py` finds the padding.
+and check rows from it. None of them determines any of these. `inputs_check.py` finds the padding.
 `data/tokens.py` turns texts into tokens.
 """
 
@@ -131,7 +131,7 @@ class ModelInputs:
 
 
 def settle(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Make tokeniser and config agree on the inputs, whatever their files say.
+    """Make tokeniser and config agree on the inputs, whatever their files hold.
 
     A model with segments gets the segment ids of the tokeniser's template. A model that reads its
     last token finds it by the padding id. So the config takes the tokeniser's padding id.
@@ -148,7 +148,7 @@ def teacher_inputs(
     tokenizer: PreTrainedTokenizerBase, words: str, config: PretrainedConfig, max_length: int
 ) -> ModelInputs:
     """The inputs of a teacher with this config, before its weights are read. words: the tokeniser's
-    hash. max_length: the length that was asked for."""
+    hash. max_length: the length that the key gives."""
     longest = fitting_length(max_length, config)
     return ModelInputs(tokenizer, words, longest, probed_padding(tokenizer, config, longest))
 

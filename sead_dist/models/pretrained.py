@@ -42,7 +42,7 @@ OFFSET_POSITIONS = (
     *("longformer", "mpnet", "data2vec-text", "ibert", "xmod", "luke"),
     *("esm", "lilt", "markuplm", "layoutlmv3"),
 )
-# kinds whose padding index is fixed by their code, whatever the config says
+# kinds whose padding index is fixed by their code, whatever the config gives
 FIXED_PADDING = {"mpnet": 1}
 # keys for the size of the table of positions; the first of them that a config has counts
 LIMITS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_seq_len")
@@ -237,7 +237,7 @@ def load_model_config(checkpoint: Checkpoint, trust_remote_code: bool) -> "Pretr
 
 
 def _check_types(config: "PretrainedConfig") -> None:
-    """Raises ValueError for values of types that no reader of a config expects."""
+    """Raises ValueError for values of types that no reader of a config takes."""
     names = config.id2label
     if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
         raise ValueError(f"id2label is {names!r}, which does not name the classes 0, 1, ...")

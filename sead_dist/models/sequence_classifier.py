@@ -42,7 +42,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_generic(names: Sequence[str]) -> bool:
-    """Whether the names are LABEL_0, LABEL_1, ..., which say nothing about the classes."""
+    """Whether the names are LABEL_0, LABEL_1, ..., which do not name the classes."""
     return all(re.fullmatch(r"LABEL_\d+", name) for name in names)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def run_start_hash(config: RunConfig, offline: bool = False) -> str:
-    """A hash of all that decides a run's start: its files, and how they are repaired. offline,
+    """A hash of all that determines a run's start: its files, and how they are repaired. offline,
     errors: as for `start_hash`."""
     start = start_hash(config, offline)
     if config.repair.text is None:
@@ -35,7 +35,7 @@ def run_start_hash(config: RunConfig, offline: bool = False) -> str:
 
 
 def repair_facts(config: RunConfig, offline: bool = False) -> dict[str, Any]:
-    """The facts that decide a repaired start. The task and the run's seed are not among them.
+    """The facts that determine a repaired start. The task and the run's seed are not among them.
     offline, errors: as for `start_hash`."""
     text = Path(config.repair.text or "")
     if not text.is_file():
@@ -68,7 +68,7 @@ def repair_teacher(config: RunConfig, offline: bool = False) -> Checkpoint:
 
 
 def start_hash(config: RunConfig, offline: bool) -> str:
-    """A hash of the files that decide the student's weights before the first step, and of its
+    """A hash of the files that determine the student's weights before the first step, and of its
     tokeniser. offline: take from the hub only what was fetched before.
 
     Raises UserError where a file is missing.

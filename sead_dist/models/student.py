@@ -210,9 +210,9 @@ def build_student(
     """The student at its start, fp32, on CPU: the same weights on every rank for one seed.
 
     The checkpoint's head is kept when its label names are the task's. Else its last layer is new
-    (from the seed). A line tells which weights were loaded and which are new. mean_score: the mean
-    score of the training rows of a regression task. It becomes the bias of a new head, since a
-    student would learn it first.
+    (from the seed). A line names the weights that were loaded and those that are new. mean_score:
+    the mean score of the training rows of a regression task. It becomes the bias of a new head,
+    since a student would learn it first.
     """
     names = task.task_kind.outputs(task)
     changes: dict[str, Any] = {
@@ -315,7 +315,7 @@ def start_as_feature_teacher(student: PreTrainedModel, feature_teacher: PreTrain
     Raises UserError where the student then computes something else from these weights.
     """
     if layer_stack(student) is None or layer_stack(feature_teacher) is None:
-        return False  # its layers are not one list as long as its config says
+        return False  # its layers are not one list as long as its config gives
     own = find_layer_parts(student, "the student", attention=False)
     whole = find_layer_parts(feature_teacher, "the feature teacher", attention=False)
     numbers = layer_map(len(own.layers), len(whole.layers))
@@ -361,7 +361,7 @@ def check_same_states(
     mine: list[torch.Tensor], theirs: list[torch.Tensor], dtype: torch.dtype
 ) -> None:
     """Raises UserError where the student's hidden states differ from those of the feature teacher
-    with these layers alone. Then their configs ask for different arithmetic."""
+    with these layers alone. Then their configs give different arithmetic."""
     for number, (own_RLH, their_RLH) in enumerate(zip(mine, theirs, strict=True)):
         off = float((own_RLH - their_RLH).abs().max() / their_RLH.abs().max().clamp(min=1.0))
         if not off <= (1e-3 if dtype == torch.float32 else 0.1):

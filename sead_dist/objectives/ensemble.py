@@ -40,13 +40,15 @@ class Ensemble:
     seen_NU: np.ndarray | None = None
     calibration_N: torch.Tensor | None = None
 
-    def asked(self, batches: BatchStream, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
-        """asked_NR: which teachers these steps need for which examples; None: all for all."""
+    def needed(
+        self, batches: BatchStream, steps: range, entries_R: np.ndarray
+    ) -> np.ndarray | None:
+        """needed_NR: which teachers these steps need for which examples; None: all for all."""
         wanted = WantedSteps(batches, self.seed, steps, entries_R)
-        asked_NR = self.weighting.asked(self.weights_N, wanted)
+        needed_NR = self.weighting.needed(self.weights_N, wanted)
         if self.seen_NU is None:
-            return asked_NR
-        return unseen(asked_NR, self.seen_NU[:, entries_R])
+            return needed_NR
+        return unseen(needed_NR, self.seen_NU[:, entries_R])
 
     def soft_targets(
         self,
@@ -70,7 +72,7 @@ class Ensemble:
         present_NB = ~torch.isnan(logits_NBC).any(-1)
         weighting = self.weighting.scored_as(self.has_classes)
         logits_NBC = self.calibrated(logits_NBC).nan_to_num()
-        if not weighting.asks_all:  # a run does not ask teachers without weight
+        if not weighting.needs_all:  # a run does not need teachers without weight
             present_NB &= weighting.of_rows(self.weights_N, logits_NBC, None, routes_B) > 0
         teachers = TeacherLogits(logits_NBC, present_NB)
         return combine(
@@ -95,20 +97,20 @@ class Ensemble:
         self, student_BC: torch.Tensor, teachers: TeacherLogits, valid_B: torch.Tensor
     ) -> torch.Tensor:
         """[2, N]: for each teacher the rows where the student's class is the teacher's, and the
-        rows that it was asked for. For scores all are 0."""
+        rows that needed it. For scores all are 0."""
         if not self.has_classes:
             return torch.zeros(2, len(self.weights_N))
-        asked_NB = teachers.present_NB & valid_B[None]
+        needed_NB = teachers.present_NB & valid_B[None]
         same_NB = student_BC.argmax(-1)[None] == teachers.logits_NBC.argmax(-1)
-        return torch.stack([(same_NB & asked_NB).sum(1), asked_NB.sum(1)]).float()
+        return torch.stack([(same_NB & needed_NB).sum(1), needed_NB.sum(1)]).float()
 
 
-def unseen(asked_NR: np.ndarray | None, seen_NR: np.ndarray) -> np.ndarray:
-    """asked_NR (None: all are asked) without the teachers that were trained on the row. Where
-    all teachers that are asked for a row were trained on it, they all stay."""
-    asked_NR = np.ones_like(seen_NR) if asked_NR is None else asked_NR
-    fit_NR = asked_NR & ~seen_NR
-    return np.where(fit_NR.any(0), fit_NR, asked_NR)
+def unseen(needed_NR: np.ndarray | None, seen_NR: np.ndarray) -> np.ndarray:
+    """needed_NR (None: all are needed) without the teachers that were trained on the row. Where
+    all teachers that a row needs were trained on it, they all stay."""
+    needed_NR = np.ones_like(seen_NR) if needed_NR is None else needed_NR
+    fit_NR = needed_NR & ~seen_NR
+    return np.where(fit_NR.any(0), fit_NR, needed_NR)
 
 
 def make_ensemble(
@@ -138,10 +140,10 @@ def frozen_weights(name: str, known: Known) -> torch.Tensor:
     return weights_N / weights_N.sum()
 
 
-def asks_selection(config: RunConfig) -> bool:
-    """Whether the teachers' answers on the selection split decide which teachers are asked, or
+def needs_selection(config: RunConfig) -> bool:
+    """Whether the teachers' answers on the selection split determine which teachers are needed, or
     their weights."""
-    return config.taught and WEIGHTINGS[config.ensemble].asks_selection(config)
+    return config.taught and WEIGHTINGS[config.ensemble].needs_selection(config)
 
 
 def check_selection(config: RunConfig, labels_B: np.ndarray) -> None:

@@ -28,11 +28,11 @@ from sead_dist.objectives.teacher_weights import (
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the teachers before step 1.
+    """What a run has of the teachers before step 1.
 
     given: the `weight` of each entry. chosen: the number of the teacher that the key `teacher`
     names. sizes: parameters of each. names: of the teachers. The rest is of the selection split,
-    where the weighting asks for it. scores: None: not validated. logits_NBC: NaN: no prediction.
+    where the weighting needs it. scores: None: not validated. logits_NBC: NaN: no prediction.
     labels_B: NaN or below 0: no label.
     """
 
@@ -47,7 +47,7 @@ class Known:
 
 @dataclass(frozen=True)
 class WantedSteps:
-    """Steps of a run, and the examples in them whose predictions are wanted. entries_R: the entries
+    """Steps of a run, and the examples in them that may need predictions. entries_R: the entries
     of these examples, ascending."""
 
     batches: BatchStream
@@ -63,8 +63,8 @@ class Weighting:
     probabilities. Scores are averaged in both cases. fewest_rows: labelled rows of the selection
     split that all teachers must answer. by_scores: weights follow from the scores on that split.
     alike_without_gold: weights follow from gold labels; without any, teachers count alike.
-    one_teacher: the other teachers are never asked. by_weight: teachers whose entry has weight 0
-    are never asked. asks_all: teachers with weight 0 are asked too, and count where no other one
+    one_teacher: the other teachers are never needed. by_weight: teachers whose entry has weight 0
+    are never needed. needs_all: teachers with weight 0 are needed too, and count where no other one
     answers. picks_teacher: a row has one teacher, even one that was trained on this row.
     """
 
@@ -76,7 +76,7 @@ class Weighting:
     alike_without_gold = False
     one_teacher = False
     by_weight = False
-    asks_all = False
+    needs_all = False
     picks_teacher = False
 
     @property
@@ -102,7 +102,7 @@ class Weighting:
             "more rows, or use ensemble=mean_probabilities"
         )
 
-    def asks_selection(self, config: RunConfig) -> bool:
+    def needs_selection(self, config: RunConfig) -> bool:
         """Whether the weights follow from the teachers' answers on the selection split."""
         return False
 
@@ -124,12 +124,12 @@ class Weighting:
         """weights_NB. labels_B: None where gold labels may not be used."""
         return weights_N.to(logits_NBC.device)[:, None].expand(logits_NBC.shape[:2])
 
-    def asked(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
-        """asked_NR: which teachers these steps need for which examples; None: all teachers for all
+    def needed(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
+        """needed_NR: which teachers these steps need for which examples; None: all teachers for all
         examples."""
-        asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
-        asked_NR[(weights_N.numpy() > 0) | self.asks_all] = True
-        return None if asked_NR.all() else asked_NR
+        needed_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
+        needed_NR[(weights_N.numpy() > 0) | self.needs_all] = True
+        return None if needed_NR.all() else needed_NR
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
         """An estimate of the share of the training rows for which each teacher is needed."""
@@ -150,7 +150,7 @@ class ByRow(Weighting):
     not be used, or `needs_labels` is False.
     """
 
-    asks_all = True
+    needs_all = True
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class Single(Weighting):
     one_teacher = True
     picks_teacher = True
 
-    def asks_selection(self, config: RunConfig) -> bool:
+    def needs_selection(self, config: RunConfig) -> bool:
         return config.teacher is None
 
     def frozen(self, known: Known) -> torch.Tensor:
@@ -240,7 +240,7 @@ class Score(Weighting):
     by_scores = True
     alike_without_gold = True
 
-    def asks_selection(self, config: RunConfig) -> bool:
+    def needs_selection(self, config: RunConfig) -> bool:
         return True
 
     def frozen(self, known: Known) -> torch.Tensor:
@@ -262,9 +262,9 @@ class Fitted(Weighting):
     # fewer were not tried (docs/decisions/0043-losses-and-ensembles.md)
     fewest_rows = 200
     # a pool worker on another machine may fit 0 where the student fits a weight close to 0
-    asks_all = True
+    needs_all = True
 
-    def asks_selection(self, config: RunConfig) -> bool:
+    def needs_selection(self, config: RunConfig) -> bool:
         return True
 
     def frozen(self, known: Known) -> torch.Tensor:
@@ -293,14 +293,14 @@ class Random(Weighting):
         chosen = chosen_teacher(seed, step, micro, len(weights_N))
         return torch.nn.functional.one_hot(torch.tensor(chosen), len(weights_N)).float()
 
-    def asked(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
-        asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
+    def needed(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
+        needed_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
         for step in of.steps:
             for micro, rows_B in enumerate(of.batches.micro_batches(step)):
                 entries_B = of.batches.split.entry_B[rows_B]
                 chosen = chosen_teacher(of.seed, step, micro, len(weights_N))
-                asked_NR[chosen, np.searchsorted(of.entries_R, entries_B)] = True
-        return asked_NR
+                needed_NR[chosen, np.searchsorted(of.entries_R, entries_B)] = True
+        return needed_NR
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
         count = len(known.given)
@@ -335,15 +335,15 @@ class Routed(Weighting):
         assert routes_B is not None
         return torch.nn.functional.one_hot(routes_B, len(logits_NBC)).T.float()
 
-    def asked(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
+    def needed(self, weights_N: torch.Tensor, of: WantedSteps) -> np.ndarray | None:
         routes_B = of.batches.split.examples.routes_B
         assert routes_B is not None
-        asked_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
+        needed_NR = np.zeros((len(weights_N), len(of.entries_R)), bool)
         for step in of.steps:
             rows_B = of.batches.rows(step)
             at_B = np.searchsorted(of.entries_R, of.batches.split.entry_B[rows_B])
-            asked_NR[routes_B[rows_B], at_B] = True
-        return asked_NR
+            needed_NR[routes_B[rows_B], at_B] = True
+        return needed_NR
 
     def shares(self, known: Known, epochs: int, routes_B: np.ndarray | None) -> list[float]:
         if routes_B is None:

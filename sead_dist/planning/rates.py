@@ -1,4 +1,4 @@
-"""The rates that a plan uses: given in a file, remembered, measured now, or scaled.
+"""The rates that a plan uses: given in a file, kept, measured now, or scaled.
 
 Shapes: N teachers.
 """
@@ -153,7 +153,7 @@ def own_rates(
     fresh: bool,
     began: float,
 ) -> Rates:
-    """This machine's rates. Remembered ones are used where they reach to the task's lengths. The
+    """This machine's rates. Kept ones are used where they reach to the task's lengths. The
     others are measured until BUDGET_S after `began` (monotonic seconds), or else scaled. Every rank
     calls this, and all measure at the same time: a figure is the slowest rank's."""
     device, path = world.device, default_rates()

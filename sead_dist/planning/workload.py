@@ -77,10 +77,10 @@ def sampled_lengths(inputs: ModelInputs, examples: ExampleSet) -> np.ndarray:
     return inputs.tokens(sample(examples, SAMPLE, 0)).lengths_B()
 
 
-def asked_share(
+def needed_share(
     config: RunConfig, teachers: Sequence[Teacher], train: ExampleSet, passes: int
 ) -> list[float]:
-    """The part of the training rows that each teacher is asked for, over so many passes. Where
+    """The part of the training rows that need each teacher, over so many passes. Where
     `single` chooses only after the validation, the costliest is taken for the chosen one."""
     if not teachers:
         return []
@@ -103,30 +103,30 @@ def make_work(
     done: int = 0,
 ) -> Work:
     """The work of a run that has done `done` steps. Files of predictions have no work, and neither
-    have predictions that the store holds (None: it holds none). A run may ask for a part of the
+    have predictions that the store holds (None: it holds none). A run may need a part of the
     rows only. Then the rows in the store are taken to be of that part. This is so where this run
-    was cut off, and not where another run asked for other rows."""
+    was cut off, and not where another run needed other rows."""
     train, total = examples.train, steps_of(config, examples)
     epoch = -(-len(train) // config.global_batch_size)
-    asked_N = np.array(asked_share(config, all_teachers, train, -(-total // epoch)))
+    needed_N = np.array(needed_share(config, all_teachers, train, -(-total // epoch)))
     requests_N: list[list[np.ndarray]] = [[] for _ in all_teachers]
     counted: dict[tuple[tuple[str, int], str], np.ndarray] = {}
     for split in (train, examples.selection, *examples.official.values()):
         ids_U2, _ = entries(split.ids_B2)
-        asked_NU, share_N = np.ones((len(all_teachers), len(ids_U2)), bool), np.ones(len(asked_N))
+        needed_NU, share_N = np.ones((len(all_teachers), len(ids_U2)), bool), np.ones(len(needed_N))
         if split is train:
-            asked_NU &= asked_N[:, None] > 0
-            share_N = asked_N * min(1.0, total / epoch)
+            needed_NU &= needed_N[:, None] > 0
+            share_N = needed_N * min(1.0, total / epoch)
             seen_NU = seen_examples(config, all_teachers, ids_U2) if all_teachers else None
-            asked_NU = asked_NU if seen_NU is None else unseen(asked_NU, seen_NU)
+            needed_NU = needed_NU if seen_NU is None else unseen(needed_NU, seen_NU)
         for n, teacher in enumerate(all_teachers):
             if teacher.file is not None:
                 continue
-            needed, present = round(int(asked_NU[n].sum()) * share_N[n]), 0
+            needed, present = round(int(needed_NU[n].sum()) * share_N[n]), 0
             if store is not None:
                 accept_any = config.store.accept == "any"
                 table = store.table(teacher.key, ids_U2, task, split.split, "a plan", accept_any)
-                present = int(table.present_U[asked_NU[n]].sum())
+                present = int(table.present_U[needed_NU[n]].sum())
             missing = max(0, needed - present)
             key = (teacher.inputs.key, split.split)
             if missing and key not in counted:

@@ -30,7 +30,7 @@ from sead_dist.data.splits import RunExamples
 from sead_dist.data.tasks import TaskSpec, compute_metrics, constant_score
 from sead_dist.errors import UserError
 from sead_dist.models.hidden_states import TeacherLogits
-from sead_dist.objectives.ensemble import asks_selection, combine, frozen_weights
+from sead_dist.objectives.ensemble import combine, frozen_weights, needs_selection
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.reporting.report import read_predictions
 from sead_dist.reporting.run_files import Scores
@@ -334,7 +334,7 @@ def baseline_steps(config: RunConfig, examples: RunExamples) -> int:
     None is made where `baseline` is null or names a run, without teachers, where the teachers are
     not validated, and where rows have no gold labels.
     """
-    validates = config.validates or asks_selection(config)
+    validates = config.validates or needs_selection(config)
     if config.baseline != OWN or not config.taught or not validates:
         return 0
     held = (examples.selection, *examples.official.values())

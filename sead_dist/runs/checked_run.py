@@ -77,7 +77,7 @@ class CheckedRun:
         """
         start = from_main(world, lambda: run_start_hash(self.config))
         manifests = [teacher.manifest() for teacher in self.teachers]
-        # The fingerprint is of `read`, not of `examples`. Files of predictions decide which rows
+        # The fingerprint is of `read`, not of `examples`. Files of predictions determine which rows
         # are left out, and the manifests identify these files.
         rows = self.read.fingerprint(self.task)
         return Identity.of(self.config, rows, manifests, start, self.examples.copies)

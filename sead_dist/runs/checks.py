@@ -41,7 +41,7 @@ def nothing_to_do(config: RunConfig) -> str | None:
     run = Path(config.output_dir)
     kept = read_run_config(run) if (run / "config.yaml").is_file() else None
     # The run may have been killed after its end and before it removed its training state. The key
-    # `keep_training_state` of that run decides.
+    # `keep_training_state` of that run counts.
     if kept is None or not kept.get("keep_training_state"):
         drop_training_state(config)
     line = f"{run} holds this run, finished: nothing to do. Its model is in {run / 'model'}"
@@ -115,7 +115,7 @@ def reject_untaught(config: RunConfig) -> None:
     """
     method = {} if config.method is None else read_method(config.method)
     # The run of a teacher has method=finetune, and may keep its students' key `ensemble`. So the
-    # method's file decides here, not the key.
+    # method's file counts here, not the key.
     by_labels = method.get("ensemble") == NO_ENSEMBLE
     if not config.teachers and config.uses_teachers and not by_labels:
         raise UserError(

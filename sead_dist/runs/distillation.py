@@ -40,7 +40,7 @@ from sead_dist.runtime.distributed import StopFlag, World, barrier, end_if_rank_
 from sead_dist.runtime.files import TRIAL
 from sead_dist.runtime.heartbeat import StopRequestedError
 from sead_dist.runtime.run_log import is_finished, noted, tell, write_json
-from sead_dist.teachers.validation import ask_all
+from sead_dist.teachers.validation import request_all
 from sead_dist.training.evaluation import EvalResult, evaluate
 from sead_dist.training.trainer import Trainer
 
@@ -101,7 +101,7 @@ def train_student(
                 tell(str(stopped) or STOPPED_EARLY)
             return True
         except RuntimeError as error:
-            # a collective fails when another rank dies; the error names that rank
+            # a collective fails when another rank ends; the error names that rank
             end_if_rank_lost(world, error)
             raise
         found: Validated | None = None
@@ -268,8 +268,8 @@ def count_past_predictions(setup: RunSetup, ensemble: Ensemble | None, done: int
         steps = range(steps.start, min(steps.stop, done))
         if len(steps):
             entries_R = batches.entries(steps)
-            asked_NR = ensemble.asked(batches, steps, entries_R)
-            setup.source.touch(setup.splits.train, entries_R, asked_NR)
+            needed_NR = ensemble.needed(batches, steps, entries_R)
+            setup.source.touch(setup.splits.train, entries_R, needed_NR)
 
 
 def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
@@ -282,7 +282,7 @@ def make_trainer(setup: RunSetup, ensemble: Ensemble | None) -> Trainer:
     if ensemble is not None and setup.source is not None and not examples.has_gold:
         asked = (setup.config.prefetch_rows, "the selection split")
         examples, _ = with_ensemble_labels(
-            task, examples, ensemble, ask_all(setup.source, selection, *asked)
+            task, examples, ensemble, request_all(setup.source, selection, *asked)
         )
 
     def select(step: int) -> EvalResult:

@@ -22,7 +22,7 @@ from sead_dist.data.splits import RunExamples, RunSplits, tokenize_splits
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import RunError, UserError, rejection
 from sead_dist.models.inputs import ModelInputs
-from sead_dist.objectives.ensemble import asks_selection
+from sead_dist.objectives.ensemble import needs_selection
 from sead_dist.runs.checked_run import read_run
 from sead_dist.runs.chosen_keys import steps_of
 from sead_dist.runs.claim import read_student_store
@@ -40,7 +40,7 @@ from sead_dist.teachers.pool import Leases, Worker, items_of_split, items_of_tra
 from sead_dist.teachers.pool_client import differing_facts, store_id
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher
-from sead_dist.teachers.validation import Validation, ask_and_validate, require_passed
+from sead_dist.teachers.validation import Validation, request_and_validate, require_passed
 from sead_dist.training.identity import Identity
 
 
@@ -102,7 +102,7 @@ def teach(config: RunConfig, worker: str, world: World) -> Path:
     Its folder holds a finished run, except after a stop. Teachers outside the pool are left to the
     student. Where weights depend on the selection split, these teachers predict it here too.
 
-    worker: NUMBER/WORKERS. Raises UserError before any long work, and where the student expects
+    worker: NUMBER/WORKERS. Raises UserError before any long work, and where the student needs
     other teachers, data or settings. Raises RunError during the work.
     """
     number, workers = parse_worker(worker)
@@ -182,10 +182,10 @@ def fill_all(pool_worker: Worker, student: StudentRun) -> bool:
     """
     config, splits, teachers = student.config, student.splits, student.teachers
     source, rows, count = pool_worker.source, config.pool.item_rows, len(teachers)
-    # Some ensembles need the selection split to decide which teacher predicts a row. The worker
-    # decides this as the student does, so it needs the predictions of teachers outside the pool
+    # Some ensembles need the selection split to determine which teacher predicts a row. The worker
+    # determines this as the student does, so it needs the predictions of teachers outside the pool
     # too. In other ensembles the student validates those teachers.
-    everyone = asks_selection(config)
+    everyone = needs_selection(config)
     validating = [
         item
         for item in items_of_split(splits.selection, count, rows)
@@ -198,7 +198,7 @@ def fill_all(pool_worker: Worker, student: StudentRun) -> bool:
             return False
         if everyone or all(student.pooled_N):
             overlap = student.examples.dev_in_training
-            validations, logits_NBC = ask_and_validate(
+            validations, logits_NBC = request_and_validate(
                 source, student.task, splits.selection, rows, overlap
             )
             if config.validates:
@@ -208,8 +208,8 @@ def fill_all(pool_worker: Worker, student: StudentRun) -> bool:
         steps_of(config, student.examples), 0, 1,
     )  # fmt: skip
     ensemble = frozen_ensemble(config, student.task, teachers, validations, logits_NBC, splits)
-    asked = partial(ensemble.asked, batches)
-    items = items_of_training(batches, count, rows, asked)
+    needed = partial(ensemble.needed, batches)
+    items = items_of_training(batches, count, rows, needed)
     if not splits.selection.examples.has_gold:  # the student needs these before its first step
         items = validating + items
     elif not needs_validation(config, splits.selection.examples):
@@ -283,7 +283,7 @@ class Expected(TypedDict):
 
 
 def reject_other_student(student: StudentRun) -> None:
-    """Raises UserError where the student expects other teachers, settings or data.
+    """Raises UserError where the student needs other teachers, settings or data.
 
     Without a student in the run directory there is nothing to compare.
     """

@@ -16,9 +16,9 @@ from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
 from sead_dist.objectives.ensemble import (
     Ensemble,
-    asks_selection,
     frozen_weights,
     make_ensemble,
+    needs_selection,
 )
 from sead_dist.objectives.teacher_weights import FEWEST_ROWS, fit_temperature
 from sead_dist.objectives.weightings import Known
@@ -42,9 +42,9 @@ from sead_dist.runtime.run_log import read_as, tell, write_json
 from sead_dist.teachers.teacher import Teacher, describe_folds
 from sead_dist.teachers.validation import (
     Validation,
-    ask_and_validate,
     describe,
     measure_drift,
+    request_and_validate,
     require_passed,
 )
 
@@ -64,7 +64,7 @@ def validated(setup: RunSetup) -> Validated:
         return [], None
     setup.world.set_activity("validating the teachers")
     overlap = setup.examples.dev_in_training
-    validations, logits_NBC = ask_and_validate(
+    validations, logits_NBC = request_and_validate(
         setup.source, task, selection, config.prefetch_rows, overlap
     )
     if config.teacher_validation == "fp32":
@@ -252,7 +252,7 @@ def needs_validation(config: RunConfig, selection: ExampleSet) -> bool:
         return False
     calibrates = any(entry.calibrates for entry in config.teachers)
     named = config.baseline not in (None, OWN)
-    return config.validates or asks_selection(config) or calibrates or named
+    return config.validates or needs_selection(config) or calibrates or named
 
 
 def frozen_ensemble(

@@ -17,7 +17,7 @@ from sead_dist.data.metrics import confusion
 from sead_dist.data.significance import paired_gap
 from sead_dist.data.splits import RunSplits
 from sead_dist.data.tasks import TaskSpec, constant_score
-from sead_dist.objectives.ensemble import asks_selection
+from sead_dist.objectives.ensemble import needs_selection
 from sead_dist.objectives.weightings import WEIGHTINGS, Fixed, Routed, Single
 from sead_dist.runtime.console import counted
 from sead_dist.teachers.teacher import Teacher
@@ -53,7 +53,7 @@ def make_remarks(
     scores: by split, as in scores.json.
     """
     rows = len(splits.selection)
-    chosen = final_checkpoint(config, rows) == "best" or asks_selection(config)
+    chosen = final_checkpoint(config, rows) == "best" or needs_selection(config)
     lines = []
     if chosen and splits.selection.examples.has_gold and rows < ENOUGH_TO_CHOOSE:
         lines.append(

@@ -181,7 +181,7 @@ def idle_row_lines(ensemble: Ensemble, teachers: Sequence[Teacher], train: Examp
     if ensemble.weighting.goes_by_place:
         taught_B, which = answers_NB.all(0), "a file that is drawn for them has no prediction"
     else:
-        weighs_N = (ensemble.weights_N.numpy() > 0) | ensemble.weighting.asks_all
+        weighs_N = (ensemble.weights_N.numpy() > 0) | ensemble.weighting.needs_all
         names = [teacher.name for teacher, weighs in zip(teachers, weighs_N, strict=True) if weighs]
         taught_B = answers_NB[weighs_N].any(0)
         which = f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no prediction of them"

@@ -33,7 +33,7 @@ from sead_dist.runtime.distributed import from_main, gather_objects
 from sead_dist.runtime.memory import peak
 from sead_dist.runtime.run_log import read_as, tell, tell_table, write_json
 from sead_dist.teachers.teacher import write_trained_rows
-from sead_dist.teachers.validation import answered, ask_all
+from sead_dist.teachers.validation import answered, request_all
 from sead_dist.training.checkpoint import TrainState
 from sead_dist.training.engine import width_of
 from sead_dist.training.evaluation import EvalResult, evaluate
@@ -59,7 +59,7 @@ def score_split(
         never["the student"] = never_predicted(setup.task, split.examples, result.logits_BC)
         return result, scores, None
     ahead, what = setup.config.prefetch_rows, split.examples.split
-    logits_NBC = ask_all(setup.source, split, ahead, what)
+    logits_NBC = request_all(setup.source, split, ahead, what)
     by, targets_BC = with_ensemble_labels(setup.task, split.examples, ensemble, logits_NBC)
     if by.by_teachers:
         result = rescored(setup.task, result, by)

@@ -321,7 +321,7 @@ def choose_feature_teacher(
     try:
         return teachers[best_teacher(source, task, selection, config.prefetch_rows)]
     except RuntimeError as error:
-        heartbeat.end_if_rank_lost(error)  # a collective fails when another rank dies
+        heartbeat.end_if_rank_lost(error)  # a collective fails when another rank ends
         raise
 
 

@@ -39,7 +39,7 @@ from sead_dist.store.store import StoreFolder
 from sead_dist.teachers.placement import place
 from sead_dist.teachers.source import StoredSource
 from sead_dist.teachers.teacher import Teacher, out_of_fold
-from sead_dist.teachers.validation import ask_all, ask_and_validate, require_passed
+from sead_dist.teachers.validation import request_all, request_and_validate, require_passed
 
 Columns = dict[str, list[Any]]
 
@@ -89,11 +89,11 @@ def write_labels(config: RunConfig, output: Path, world: World) -> None:
         ensemble = ensemble_of_run(run, everything)
         columns: Columns = {}
         for split, (part, kinds) in zip(everything, parts_of(run.examples), strict=True):
-            asked_NU = None
+            needed_NU = None
             if split is splits.train and ensemble.seen_NU is not None:
-                asked_NU = unseen(None, ensemble.seen_NU)
+                needed_NU = unseen(None, ensemble.seen_NU)
             what = split.examples.split
-            said = ask_all(run.source, split, config.prefetch_rows, what, asked_NU)
+            said = request_all(run.source, split, config.prefetch_rows, what, needed_NU)
             rows = row_columns(task, part, kinds)
             rows |= gold_column(task, part)
             extend(columns, rows | label_columns(task, ensemble, teachers, said, part))
@@ -161,7 +161,7 @@ def loaded_teachers(config: RunConfig, output: Path, world: World) -> Iterator[L
 def with_any_student(config: RunConfig) -> RunConfig:
     """The configuration with the first model among the teachers as its student, if none is named.
 
-    No student is trained. It only decides how texts are tokenised.
+    No student is trained. It only determines how texts are tokenised.
     """
     model = next((entry for entry in config.teachers if entry.is_model), None)
     if config.student.path is not None or config.student.shape is not None or model is None:
@@ -180,7 +180,7 @@ def ensemble_of_run(run: LoadedTeachers, asked: Iterable[Split]) -> Ensemble:
     selection = splits.selection
     if not needs_validation(config, selection.examples):
         return frozen_ensemble(config, task, teachers, [], None, splits)
-    found, said = ask_and_validate(
+    found, said = request_and_validate(
         run.source, task, selection, config.prefetch_rows, run.examples.dev_in_training
     )
     if config.validates:
@@ -298,7 +298,7 @@ def write_errors(config: RunConfig, output: Path, world: World) -> None:
         ensemble = ensemble_of_run(run, splits)
         for split, fit_NU in zip(splits, fit, strict=True):
             part, ahead = split.examples, run.config.prefetch_rows
-            said = ask_all(run.source, split, ahead, part.split, fit_NU)
+            said = request_all(run.source, split, ahead, part.split, fit_NU)
             said_of_all.append(said)
             probabilities.append(ensemble_targets(ensemble, said, part).astype(np.float64))
             labels.append(part.labels_B)

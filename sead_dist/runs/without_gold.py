@@ -16,7 +16,7 @@ from sead_dist.data.examples import ExampleSet, score, with_teacher_labels
 from sead_dist.data.splits import RunExamples, load_official
 from sead_dist.data.tasks import TaskSpec
 from sead_dist.errors import UserError
-from sead_dist.objectives.ensemble import Ensemble, asks_selection
+from sead_dist.objectives.ensemble import Ensemble, needs_selection
 from sead_dist.objectives.weightings import WEIGHTINGS
 from sead_dist.reporting.report import read_predictions
 from sead_dist.runs.baseline import OWN
@@ -36,7 +36,7 @@ def check_gold(config: RunConfig, task: TaskSpec, examples: RunExamples) -> None
     weighting = WEIGHTINGS[config.ensemble]
     unnamed = len(config.teachers) > 1 and config.teacher is None
     falls_back = weighting.alike_without_gold or weighting.one_teacher
-    by_labels = asks_selection(config) and not falls_back
+    by_labels = needs_selection(config) and not falls_back
     rejected = {
         "final_checkpoint=best": config.final_checkpoint == "best",
         "early_stopping_patience": config.early_stopping_patience is not None,
@@ -60,7 +60,7 @@ def unvalidated_line(config: RunConfig, labelled_rows: int) -> str:
     line = "the selection split has no gold labels: no teacher is validated or calibrated"
     # An ensemble goes by the labels of the selection split, or by those of the training rows. The
     # training rows may have labels where the selection split has none.
-    lacks = asks_selection(config) or not labelled_rows
+    lacks = needs_selection(config) or not labelled_rows
     if WEIGHTINGS[config.ensemble].alike_without_gold and lacks:
         line += f", and ensemble={config.ensemble} gives all teachers the same weight"
     return line

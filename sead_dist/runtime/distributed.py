@@ -386,11 +386,11 @@ class StopFlag:
             signal.signal(number, self.second)
 
     def agreed(self, world: World) -> bool:
-        """True on all ranks when any rank was asked to stop."""
+        """True on all ranks when any rank has a signal to stop."""
         return self.agreed_with(world, False)[0]
 
     def agreed_with(self, world: World, flag: bool) -> tuple[bool, bool]:
-        """(whether any rank was asked to stop, whether `flag` is true on any), the same on all
+        """(whether any rank has a signal to stop, whether `flag` is true on any), the same on all
         ranks. It costs one small message."""
         mine = [self.signal is not None, flag]
         if world.size == 1:

@@ -272,9 +272,9 @@ CLOCKED = (*("ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay"), *("nfs"
 
 
 def user_folder(variable: str, below: str, own: str) -> Path:
-    """A folder of this user: where an XDG variable says, else below the home folder.
+    """A folder of this user: the one that an XDG variable names, else below the home folder.
 
-    own: how a person can name the wanted folder, for the message. Raises UserError for no home.
+    own: how a person can name the folder, for the message. Raises UserError for no home.
     """
     if named := os.environ.get(variable):
         return Path(named)

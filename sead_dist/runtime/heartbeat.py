@@ -50,7 +50,7 @@ class Limits(Protocol):
 
 
 class Stop(Protocol):
-    """Holds the signal that asked for a stop."""
+    """Holds the signal of a stop."""
 
     signal: int | None
 
@@ -77,7 +77,7 @@ class DefaultLimits:
 class Beat:
     """One sign of life. count: the number of the sign. moves: how many pieces of work the rank has
     done. place: how many of these are of the kind that every rank does in the same order. doing:
-    what the rank is doing. stop: the signal that asked it to stop, or None."""
+    what the rank is doing. stop: the signal to stop that it got, or None."""
 
     host: str
     pid: int
@@ -139,7 +139,7 @@ class Heartbeat:
     def progress_or_stop(self, doing: str) -> None:
         """Count progress of work that this rank does alone, which a stop may interrupt.
 
-        Raises StopRequestedError where a stop was asked for.
+        Raises StopRequestedError where there was a signal to stop.
         """
         self._note(doing)
         if self.stop is not None and self.stop.signal is not None:
@@ -180,7 +180,7 @@ class Heartbeat:
             self.all_started.set()
 
     def read_signs(self, now: float) -> None:
-        """Use what was fetched: signs of life, a stop that was asked of another rank, and the end
+        """Use what was fetched: signs of life, the signal to stop of another rank, and the end
         of the run by another rank, which ends this process too."""
         if self.fetched.get(END_REASON, NONE_YET) != NONE_YET and not self.over.is_set():
             os._exit(3)
@@ -370,7 +370,7 @@ class Heartbeat:
 
     @contextmanager
     def of_run(self, run: Path, stop: Stop, limits: Limits) -> Iterator["Heartbeat"]:
-        """Inside, a lack of progress counts too, and a stop that was asked of one rank reaches
+        """Inside, a lack of progress counts too, and the signal to stop of one rank reaches
         all. Every rank enters it."""
         self.stop, self.limits = stop, limits
         self.moved_at = time.monotonic()

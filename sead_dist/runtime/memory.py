@@ -12,7 +12,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def held(device: torch.device) -> int | None:
-    """Bytes held now; None where the system does not say."""
+    """Bytes held now; None where the system does not report it."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
@@ -29,7 +29,7 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def peak(device: torch.device) -> int | None:
-    """The most bytes held since the last `reset_peak`; None where the system does not say."""
+    """The most bytes held since the last `reset_peak`; None where the system does not report it."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 

@@ -2,7 +2,7 @@
 
 Each job is registered as a small file in the user's state folder. Its state comes from SLURM.
 Everything else comes from the run directory and the job's folder, so a run can be followed after
-SLURM has forgotten the job.
+SLURM no longer lists the job.
 """
 
 import hashlib
@@ -150,7 +150,7 @@ def progress(job: Job) -> Progress:
 
 
 def state_of(job: Job, known: str | None) -> str:
-    """The state that SLURM gives (`known`). Without one, the run directory decides."""
+    """The state that SLURM gives (`known`), else the one that the run directory shows."""
     if known == "COMPLETED" and not job.finished:
         return "STOPPED"  # the run saved and stopped on a signal, and was not queued again
     if known is not None:
@@ -209,7 +209,7 @@ def wait(jobs: Sequence[Job]) -> None:
 
 
 def _end_of(job: Job) -> str | None:
-    """The state that a job ended in; None where SLURM has forgotten it."""
+    """The state that a job ended in; None where SLURM no longer lists it."""
     last_known = time.monotonic()
     while True:
         state = slurm.job_states([job.job]).get(job.job)

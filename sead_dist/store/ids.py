@@ -59,7 +59,7 @@ def _find(needles_A2: Ints, sorted_B2: Ints) -> Ints:
     while True:
         at_A = np.minimum(place_A, len(near_B2) - 1)
         same_A = (place_A < len(near_B2)) & (near_B2[at_A, 0] == needle_A)
-        # Of ids with the same first word (rare: it is a hash) the second word decides.
+        # Of ids with the same first word (rare: it is a hash) the second word counts.
         behind_A = same_A & (near_B2[at_A, 1] < second_A)
         if not behind_A.any():
             break

@@ -30,7 +30,7 @@ from sead_dist.errors import RunError, UserError, reason, rejection
 from sead_dist.runtime.files import cache_place, open_own, sync
 
 # Format 1 is the same without compacted blocks. A store of format 1 is read as it is, and gets the
-# new number when it is opened for writing. A version that knows only format 1 would treat compacted
+# new number when it is opened for writing. A version that reads only format 1 would treat compacted
 # blocks as bad ones.
 FORMAT, OLDER_FORMAT = 2, 1
 FOLDERS = ("keys", "values", "tmp", "quarantine", "live", "leases")

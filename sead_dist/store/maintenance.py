@@ -2,8 +2,8 @@
 
 An export is a store of its own. It holds hashes of rows, and logits. It holds no text. Of a
 teacher's path only the last part stays, and the names of the runs that wrote are left out. Rows
-keep their ids, so a run that reads the store finds them wherever the same teacher is asked for the
-same texts.
+keep their ids, so a run that reads the store finds them wherever it needs the same teacher for
+the same texts.
 
 K ids of a key block.
 """

@@ -1,7 +1,7 @@
 """Stored rows: which ids a block covers, its logits, and where the rows of one table lie.
 
-K ids of a key block, M rows of a block (ids that it covers) or rows added at once, P places that
-are asked for, C classes, R rows of a request, S chunks of rows, U entries of a table.
+K ids of a key block, M rows of a block (ids that it covers) or rows added at once, P places of a
+request, C classes, R rows of a request, S chunks of rows, U entries of a table.
 """
 
 from collections.abc import Iterator

@@ -81,7 +81,7 @@ class StoreFolder:
     """The store in `folder`, made if it is missing.
 
     read_only: the store must exist, and nothing in it is changed; bad blocks stay where they are.
-    Any rank of a run tells of them. Raises UserError where `folder` is a file, of another format or
+    Any rank of a run logs them. Raises UserError where `folder` is a file, of another format or
     not a store, and UserError or RunError (as `layout.create`) where it is not writable.
     """
 

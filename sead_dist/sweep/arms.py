@@ -17,7 +17,7 @@ COMMON_KEYS = (
     *("task", "seed", "output_dir", "data", "selection"),
     *("teachers", "encoders", "plugins"),
 )
-# keys that decide how many steps a run takes
+# keys that determine how many steps a run takes
 STEP_KEYS = (
     *("max_steps", "num_train_epochs", "early_stopping_patience", "global_batch_size"),
     *("unlabeled", "augment"),
@@ -48,7 +48,7 @@ def read_arms(given: Sequence[str | Mapping[str, Any]], equal_steps: bool) -> li
 
 def check_keys(where: str, name: str, keys: Mapping[str, Any], equal_steps: bool) -> None:
     """Raises UserError for a key that is common to all arms, and with `equal_steps` for a key that
-    decides the number of steps."""
+    determines the number of steps."""
     for key in COMMON_KEYS:
         if key in keys:
             raise UserError(

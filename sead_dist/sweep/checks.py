@@ -148,7 +148,7 @@ def read_task(grid: Grid, name: str) -> TaskData:
 
 
 def rows_key(config: RunConfig) -> str:
-    """The keys that decide which rows a run reads, and which parts of them."""
+    """The keys that determine which rows a run reads, and which parts of them."""
     fold = None if config.fold is None else (config.folds, config.fold)
     rest = config.uses_rest
     return repr((config.data, config.unlabeled, rest, config.selection, route_of(config), fold))

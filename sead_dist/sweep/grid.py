@@ -70,7 +70,7 @@ class Unit:
 
     @property
     def failure(self) -> Path:
-        """The file that says why this run failed when it was last tried."""
+        """The file that holds the reason why this run failed when it was last tried."""
         return self.folder.with_name(f"{self.folder.name}.failed.json")
 
 
@@ -337,7 +337,7 @@ def student_config(made: Sequence[Unit], config: RunConfig) -> RunConfig:
 def reads_teachers(config: RunConfig) -> bool:
     """Whether a student's run reads its teachers' files.
 
-    It asks them, takes their tokeniser, or makes copies with the mask token that all of them share.
+    They predict, lend their tokeniser, or share the mask token that copies are made with.
     """
     lent = config.student.path is None and config.student.tokenizer is None
     return config.taught or lent or config.uses_copies

@@ -273,7 +273,7 @@ def compared(
 
 
 def task_facts(task: str, of: TaskData) -> dict[str, Any]:
-    """What the report says of a task's data."""
+    """What the report shows of a task's data."""
     return {
         "name": task,
         "metric": of.metric,

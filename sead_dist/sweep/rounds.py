@@ -59,7 +59,7 @@ def is_done(grid: Grid, unit: Unit) -> bool:
 
 
 def is_ready(grid: Grid, unit: Unit) -> bool:
-    """Whether a run can start: its teachers are finished, with their models where it asks them."""
+    """Whether a run can start: its teachers are finished, with their models where they predict."""
     made = grid.own_teachers and unit.config.taught
     return all(is_finished(need) and (has_model(need) or not made) for need in unit.needs)
 
@@ -134,7 +134,7 @@ def _differ(now: Sequence[str | None], had: Sequence[str]) -> bool:
 
 def clear_lost(grid: Grid, unit: Unit) -> None:
     """Where a teacher's model is gone, remove its run, so that the teacher is made again. Remove
-    unfinished students that asked it too, because the new teacher may differ from the old one."""
+    unfinished students that used it too, because the new teacher may differ from the old one."""
     if unit.method != TEACHERS or not is_finished(unit.folder):
         return
     tell(f"{unit.title}: its model is gone, so it is made again")
@@ -166,7 +166,7 @@ def undo_others(grid: Grid, unit: Unit) -> list[Unit]:
 
 
 def taught_by(run: Path) -> Sequence[str] | None:
-    """The hashes of the weights of a finished run's teachers; None where it asked none."""
+    """The hashes of the weights of a finished run's teachers; None where it used none."""
     path = run / "teacher_manifest.json"
     if not path.is_file():
         return None

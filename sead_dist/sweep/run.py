@@ -1,7 +1,7 @@
 """`sead-dist sweep`: workers do the runs of a sweep that are not finished yet.
 
 A worker is a process, or a world of ranks that take part in every run together. The run directories
-alone say which runs are finished, which failed, and which another worker is running. So several
+alone show which runs are finished, which failed, and which another worker is running. So several
 workers on one folder share its runs, whether started by hand, by `jobs` or by a SLURM array.
 """
 
@@ -134,7 +134,7 @@ def report_end(grid: Grid, came_to_end: bool) -> None:
 @dataclass
 class Memory:
     """The state of a worker. before: the times (ns) of failures of earlier tries, by file. done:
-    finished runs. failed: runs that failed in this worker or in one beside it. said: the last thing
+    finished runs. failed: runs that failed in this worker or in one beside it. said: the last line
     that was logged. round: the round that it takes part in. joined: holds its part in that round.
     beside: how many runs other workers had when it took its own."""
 
@@ -265,7 +265,7 @@ def run_unit(grid: Grid, index: int, memory: Memory, world: World, stop: StopFla
 
 
 def write_failure(unit: Unit, error: Exception) -> None:
-    """Tell a run's failure, and write it down."""
+    """Log a run's failure, and write it down."""
     reason = str(error) or type(error).__name__
     tell(f"sead-dist: {unit.title} failed: {reason}")
     write_json(unit.failure, {"run": unit.title, "reason": reason})

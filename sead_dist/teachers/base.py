@@ -20,16 +20,16 @@ from sead_dist.teachers.feature_teacher import FeatureTeacher
 
 @dataclass(frozen=True)
 class Request:
-    """Unique examples of a split whose logits are wanted.
+    """Unique examples of a split whose logits are needed.
 
-    entries_R: the examples, ascending. asked_NR: which teachers are to predict which example (None:
-    all of them). what: the place in the run, for messages. step_of: gives the step (from 1) that
-    first needs an entry; None where the request is not for steps.
+    entries_R: the examples, ascending. needed_NR: which teachers are to predict which example
+    (None: all of them). what: the place in the run, for messages. step_of: gives the step (from 1)
+    that first needs an entry; None where the request is not for steps.
     """
 
     split: Split
     entries_R: np.ndarray
-    asked_NR: np.ndarray | None
+    needed_NR: np.ndarray | None
     what: str
     step_of: Callable[[int], int] | None = None
 
@@ -95,7 +95,7 @@ def stream(
     start: int,
     prefetch_rows: int,
     depth: int,
-    asked: Callable[[range, np.ndarray], np.ndarray | None],
+    needed: Callable[[range, np.ndarray], np.ndarray | None],
     feature_teacher: FeatureTeacher | None = None,
 ) -> Iterator[TaughtStep]:
     """The steps from `start` on, each with its teachers' logits and the feature teacher's layer
@@ -125,7 +125,7 @@ def stream(
         def step_of(entry: int) -> int:
             return 1 + next(number for number in steps if entry in batches.entries([number]))
 
-        request = Request(batches.split, entries_R, asked(steps, entries_R), what, step_of)
+        request = Request(batches.split, entries_R, needed(steps, entries_R), what, step_of)
         ahead.append((steps, entries_R, source.submit(request)))
 
     for _ in range(depth):

@@ -189,9 +189,9 @@ class Endpoint:
         return len(self.words.words_W) if self.way == "prompt" else 1
 
     def _logits(self, rows: Sequence[Texts], pool: ThreadPoolExecutor) -> np.ndarray:
-        def guarded(ask: Callable[[], Any], row: Texts) -> Any:
+        def guarded(send: Callable[[], Any], row: Texts) -> Any:
             try:
-                return ask()
+                return send()
             except RejectedError as error:
                 raise RunError(
                     f"teacher {self.name}: {self.client.url} rejects {row.first[:60]!r}: "
@@ -323,10 +323,10 @@ class Endpoint:
         if not self.chat:
             ways.insert(0, ("prompt", TOP, lambda: self._try_prompts(trial)))
         last = ""
-        for way, top, ask in ways:
+        for way, top, send in ways:
             self.top = top
             try:
-                ask()
+                send()
             except RejectedError as error:
                 if error.status in (401, 403):
                     raise UserError(

@@ -36,9 +36,9 @@ from sead_dist.teachers.packing import SIZES, TOKENS_PER_ROW, cut_into_packs, pa
 class BatchShapes:
     """The shapes of batches on a kind of device.
 
-    name: part of the numerics class; it changes with whatever decides bits. step: of padded lengths
-    up to 64 tokens. tokens: of a batch at most, within `least` and `most` rows. counts: the row
-    counts that may replace the full one where bits do not depend on it. any_count: the counts
+    name: part of the numerics class; it changes with whatever determines bits. step: of padded
+    lengths up to 64 tokens. tokens: of a batch at most, within `least` and `most` rows. counts: the
+    row counts that may replace the full one where bits do not depend on it. any_count: the counts
     between those may do so as well. check_lengths: the lengths that the self-check tries.
     free_most: the self-check fails where bits are equal only from more rows on.
     """

@@ -203,8 +203,8 @@ class LanguageModel:
     def answer(self, texts_a: list[str], texts_b: list[str] | None) -> np.ndarray:
         """The logits_RK.
 
-        Raises RunError where the prompt of a row cannot be told from the words, and UserError where
-        the weights cannot be used.
+        Raises RunError where the prompt of a row cannot be distinguished from the words, and
+        UserError where the weights cannot be used.
         """
         prompts = [self.reader.prompt(texts) for texts in rows_of(texts_a, texts_b)]
         if self.model is None:

@@ -266,7 +266,7 @@ def deal(share_W: np.ndarray, rows: int) -> np.ndarray:
 def exchange(
     mine: Sequence[np.ndarray],
     owner_NR: np.ndarray,
-    asked_NR: np.ndarray,
+    needed_NR: np.ndarray,
     classes: int,
     world: World,
 ) -> np.ndarray:
@@ -276,7 +276,7 @@ def exchange(
     """
     logits_NRC = np.zeros((*owner_NR.shape, classes), np.float32)
     own_MC = np.concatenate(mine)
-    counts = [int(((owner_NR == rank) & asked_NR).sum()) for rank in range(world.size)]
+    counts = [int(((owner_NR == rank) & needed_NR).sum()) for rank in range(world.size)]
     if world.size == 1 or max(counts) == 0:
         everyone = [own_MC] * world.size
     else:
@@ -286,5 +286,5 @@ def exchange(
         dist.all_gather(got, sent, group=world.exchange)
         everyone = [tensor.cpu().numpy() for tensor in got]
     for rank, count in enumerate(counts):
-        logits_NRC[(owner_NR == rank) & asked_NR] = everyone[rank][:count]
+        logits_NRC[(owner_NR == rank) & needed_NR] = everyone[rank][:count]
     return logits_NRC

@@ -53,9 +53,9 @@ class WorkItem:
         return digest(key.fingerprint, key.numerics, self.split.ids_U2[self.entries_R])
 
     def request(self, teachers: int) -> Request:
-        asked_NR = np.zeros((teachers, len(self.entries_R)), bool)
-        asked_NR[self.teacher] = True
-        return Request(self.split, self.entries_R, asked_NR, self.what)
+        needed_NR = np.zeros((teachers, len(self.entries_R)), bool)
+        needed_NR[self.teacher] = True
+        return Request(self.split, self.entries_R, needed_NR, self.what)
 
 
 def items_of_split(split: Split, teachers: int, rows: int) -> list[WorkItem]:
@@ -73,20 +73,20 @@ def items_of_training(
     batches: BatchStream,
     teachers: int,
     rows: int,
-    asked: Callable[[range, np.ndarray], np.ndarray | None],
+    needed: Callable[[range, np.ndarray], np.ndarray | None],
 ) -> list[WorkItem]:
-    """Work items for the training rows, in the order of the steps. asked: as in `stream`."""
+    """Work items for the training rows, in the order of the steps. needed: as in `stream`."""
     found: list[WorkItem] = []
     due_NU = np.ones((teachers, len(batches.split.ids_U2)), bool)
     for steps in batches.windows(0, rows):
         if not due_NU.any():
             break  # later epochs need the same rows
         entries_R = batches.entries(steps)
-        asked_NR = asked(steps, entries_R)
+        needed_NR = needed(steps, entries_R)
         for n in range(teachers):
             new_R = due_NU[n, entries_R]
-            if asked_NR is not None:
-                new_R &= asked_NR[n]
+            if needed_NR is not None:
+                new_R &= needed_NR[n]
             if new_R.any():
                 # teachers with the same rows share the array
                 new = entries_R if new_R.all() else entries_R[new_R]
@@ -236,8 +236,8 @@ MOST_PAUSE_S = 1.0
 
 
 class Worker:
-    """Worker `number` (from 1) of `workers`. The numbers only decide where its first search begins
-    and how long the front of the list is.
+    """Worker `number` (from 1) of `workers`. The numbers only determine where its first search
+    begins and how long the front of the list is.
 
     source: computes in this process. check: called before each search for a work item; it returns
     False when the work is no longer needed, and may raise UserError and StopRequestedError.

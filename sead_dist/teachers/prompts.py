@@ -241,8 +241,8 @@ class Reader:
     render: gives the whole prompt of a text row. marks: tokens before every prompt. limit: the most
     tokens of a prompt and a word together.
 
-    Raises UserError where the tokens of the prompt and of a word cannot be told apart, or two words
-    have the same tokens.
+    Raises UserError where the tokens of the prompt and of a word cannot be distinguished, or
+    two words have the same tokens.
     """
 
     def __init__(

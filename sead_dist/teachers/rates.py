@@ -66,9 +66,9 @@ class Rate:
         Between measured lengths they lie on a straight line, from 0 at no tokens. Beyond the last
         one they grow in proportion to the tokens.
         """
-        asked_P = np.asarray(lengths_P, np.float64)
-        inside_P = np.interp(asked_P, (0, *self.lengths_K), (0.0, *self.row_s_K))
-        return np.asarray(inside_P * np.maximum(1.0, asked_P / self.lengths_K[-1]))
+        needed_P = np.asarray(lengths_P, np.float64)
+        inside_P = np.interp(needed_P, (0, *self.lengths_K), (0.0, *self.row_s_K))
+        return np.asarray(inside_P * np.maximum(1.0, needed_P / self.lengths_K[-1]))
 
     def seconds(self, lengths_P: ArrayLike, rows_P: ArrayLike) -> float:
         """Seconds for all these batches. lengths_P: padded tokens of each. rows_P: rows of each."""

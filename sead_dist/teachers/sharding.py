@@ -45,7 +45,7 @@ FIX = "give its entry placement: partitioned or colocated"
 class TornForwardError(LostRankError, RuntimeError):
     """A common forward failed on this rank, which can no longer agree on anything with the others.
 
-    It is also a RuntimeError, like the error of a collective that fails because another rank died.
+    It is also a RuntimeError, like the error of a collective that fails because another rank ended.
     """
 
 

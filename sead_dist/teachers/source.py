@@ -88,7 +88,7 @@ class StoredSource:
         )
 
     def submit(self, request: Request) -> "Future[TeacherLogits]":
-        self.touch(request.split, request.entries_R, request.asked_NR)
+        self.touch(request.split, request.entries_R, request.needed_NR)
         # lines of the thread go where those of this call go
         return self.thread.submit(copy_context().run, self._serve_aside, request)
 
@@ -97,12 +97,12 @@ class StoredSource:
 
     # what was needed, and what was computed
 
-    def touch(self, split: Split, entries_R: np.ndarray, asked_NR: np.ndarray | None) -> None:
+    def touch(self, split: Split, entries_R: np.ndarray, needed_NR: np.ndarray | None) -> None:
         """Note the (teacher, example) pairs that this run needs."""
         name = split.examples.split
         if name not in self.touched:
             self.touched[name] = np.zeros((len(self.teachers), len(split.ids_U2)), bool)
-        self.touched[name][:, entries_R] |= True if asked_NR is None else asked_NR
+        self.touched[name][:, entries_R] |= True if needed_NR is None else needed_NR
         # predictions of a file are neither computed nor kept
         self.touched[name][[teacher.file is not None for teacher in self.teachers]] = False
 
@@ -133,8 +133,8 @@ class StoredSource:
 
     def _serve(self, request: Request) -> TeacherLogits:
         owner_NR = self.placement.owners(request)
-        asked_NR = self._answered(request)
-        own_NR = asked_NR & (owner_NR == self.world.rank)
+        needed_NR = self._answered(request)
+        own_NR = needed_NR & (owner_NR == self.world.rank)
         for n, together in enumerate(self.placement.together_N):
             if together:
                 self._compute_together(n, request, np.flatnonzero(own_NR[n]))
@@ -150,14 +150,16 @@ class StoredSource:
 
         mine = agreed(self.world, request.what, answers)
         classes = self.teachers[0].key.classes
-        logits_NRC = exchange(mine, owner_NR, asked_NR, classes, self.world)
-        return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(asked_NR))
+        logits_NRC = exchange(mine, owner_NR, needed_NR, classes, self.world)
+        return TeacherLogits(torch.from_numpy(logits_NRC), torch.from_numpy(needed_NR))
 
     def _answered(self, request: Request) -> np.ndarray:
         """The answered_NR: which teachers are to predict which examples, and can. It is the same
         on every rank."""
         shape = (len(self.teachers), len(request.entries_R))
-        answered_NR = np.ones(shape, bool) if request.asked_NR is None else request.asked_NR.copy()
+        answered_NR = (
+            np.ones(shape, bool) if request.needed_NR is None else request.needed_NR.copy()
+        )
         for n, teacher in enumerate(self.teachers):
             if teacher.file is not None:
                 answered_NR[n] &= self._places(n, request.split)[request.entries_R] >= 0

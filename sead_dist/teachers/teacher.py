@@ -50,9 +50,9 @@ class Teacher:
     """A teacher of the run.
 
     order_C: its own logits column of each task class. parameters: its weights without word
-    embeddings, which decide what a forward costs. bytes: memory of all weights. cut: how its rows
-    become batches. answers: for a kind that is not a classifier; config is empty then, and inputs
-    hold the student's tokeniser.
+    embeddings, which determine the cost of a forward. bytes: memory of all weights. cut: how its
+    rows become batches. answers: for a kind that is not a classifier; config is empty then, and
+    inputs hold the student's tokeniser.
     """
 
     entry: TeacherConfig
@@ -143,8 +143,8 @@ def weight_bytes(parameters: int, words: int, dtype: str, weights: str | None) -
 
 
 def device_model(device: torch.device) -> str:
-    """The hardware that decides which kernels run: the GPU's name, or the processor and its vector
-    units."""
+    """The hardware that determines which kernels run: the GPU's name, or the processor and its
+    vector units."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -165,7 +165,7 @@ def numerics_class(
     cut: Cut,
     shapes: str | None = None,
 ) -> str:
-    """Canonical JSON of all but the teacher that decides a prediction's bits (invariant 3).
+    """Canonical JSON of all but the teacher that determines a prediction's bits (invariant 3).
 
     shapes: the layout of batches, where it differs from that of classifiers. Placement is left out:
     a sharded teacher's weights are gathered before use, so its bits are the same.
@@ -181,7 +181,7 @@ def numerics_class(
     if weights is not None:
         facts["weights"] = f"int8 torchao {importlib.metadata.version('torchao')}"
     if cut.free_rows is None and device.type == "cpu":
-        # the self-check found that bits depend on the split of work, which threads decide too
+        # the self-check found that bits depend on the split of work, which threads determine too
         facts["threads"] = torch.get_num_threads()
     return json.dumps(facts, sort_keys=True)
 
@@ -200,7 +200,7 @@ def cut_of(
     weights: str | None,
     padding: Padding = "right",
 ) -> Cut:
-    """How rows of a model of this shape are cut into batches. The self-checks decide it."""
+    """How rows of a model of this shape are cut into batches. The self-checks determine it."""
     packs = packs_from(probe_config(config), dtype, device) if weights is None else None
     # the check of row counts compares batches padded on the right
     free_rows = free_rows_from(config, dtype, device, weights) if padding == "right" else None

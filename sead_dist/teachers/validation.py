@@ -66,24 +66,24 @@ class Validation:
     rows: int = 0
 
 
-def ask_all(
+def request_all(
     source: TeacherSource,
     split: Split,
     prefetch_rows: int,
     what: str,
-    asked_NU: np.ndarray | None = None,
+    needed_NU: np.ndarray | None = None,
 ) -> np.ndarray:
     """The task-order logits_NBC of every teacher for every row of a split. All ranks call this.
 
-    They are NaN where a teacher has no prediction, or none is requested. asked_NU: which teachers
+    They are NaN where a teacher has no prediction, or none is requested. needed_NU: which teachers
     are to predict which examples (None: all of them).
     """
     wanted = np.arange(len(split.ids_U2))
     pieces = []
     for start in range(0, len(wanted), prefetch_rows):
         part_R = wanted[start : start + prefetch_rows]
-        asked_NR = None if asked_NU is None else asked_NU[:, part_R]
-        request = Request(split, part_R, asked_NR, what)
+        needed_NR = None if needed_NU is None else needed_NU[:, part_R]
+        request = Request(split, part_R, needed_NR, what)
         found = source.submit(request).result()
         absent_NB1 = ~found.present_NB[..., None]
         pieces.append(found.logits_NBC.masked_fill(absent_NB1, float("nan")).numpy())
@@ -92,7 +92,7 @@ def ask_all(
 
 def best_teacher(source: TeacherSource, task: TaskSpec, split: Split, prefetch_rows: int) -> int:
     """The teacher with the best score on a split; of equals the first. All ranks call this."""
-    logits_NBC = ask_all(source, split, prefetch_rows, "the choice of the feature teacher")
+    logits_NBC = request_all(source, split, prefetch_rows, "the choice of the feature teacher")
     metric = task.metrics[0]
     scores = [compute_metrics(task, one_BC, split.examples)[metric] for one_BC in logits_NBC]
     return scores.index(max(scores))
@@ -180,7 +180,7 @@ def validate(
     return results
 
 
-def ask_and_validate(
+def request_and_validate(
     source: StoredSource,
     task: TaskSpec,
     split: Split,
@@ -188,7 +188,7 @@ def ask_and_validate(
     dev_texts_in_training: int,
 ) -> tuple[list[Validation], np.ndarray]:
     """(the teachers' validations, their logits_NBC of the selection split). All ranks call this."""
-    logits_NBC = ask_all(source, split, prefetch_rows, "the validation")
+    logits_NBC = request_all(source, split, prefetch_rows, "the validation")
     return validate(task, source.teachers, logits_NBC, split, dev_texts_in_training), logits_NBC
 
 

@@ -229,8 +229,8 @@ class Checkpointer:
 
 
 class SaveClock:
-    """Decides when a state is due: a minute after the last one, or later if saving would take more
-    than 2% of the time. The clocks of ranks differ, so only rank 0's is used (invariant 8)."""
+    """When a state is due: a minute after the last one, or later if saving would take more than
+    2% of the time. The clocks of ranks differ, so only rank 0's is used (invariant 8)."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -242,7 +242,7 @@ class SaveClock:
         return self._now() - self._last >= max(SAVE_EVERY_S, self._cost_s / SAVE_SHARE)
 
     def save(self, write: Callable[[], None]) -> None:
-        """Save with `write`, and remember how long it took."""
+        """Save with `write`, and keep the time that it took."""
         began = self._now()
         write()
         self._last = self._now()

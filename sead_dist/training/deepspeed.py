@@ -141,7 +141,7 @@ class ZeroStudent:
 
         self.engine.destroy()
         if self.own_group:
-            deepspeed.comm.destroy_process_group()  # ends the groups that it remembers too
+            deepspeed.comm.destroy_process_group()  # ends the groups that it keeps too
             del os.environ["LOCAL_RANK"]  # Accelerate would take it for a launcher's
 
     def _whole(self, parameter: nn.Parameter, **more: Any) -> AbstractContextManager[None]:

@@ -65,7 +65,7 @@ def build_optimizer(
 
 
 def width_of(model: nn.Module) -> int:
-    """The width of a student's hidden states; BERT-base's where its config does not say it."""
+    """The width of a student's hidden states; BERT-base's where its config does not give it."""
     return int(getattr(model.config, "hidden_size", None) or 768)
 
 

@@ -75,8 +75,8 @@ def student_logits(
         for turn in range(turns):
             start = (turn * world.size + world.rank) * batch_rows
             rows_R = by_length_B[start : start + batch_rows]
-            asked_R = rows_R if len(rows_R) else np.array([-1])
-            batch = make_batch(split, asked_R)
+            needed_R = rows_R if len(rows_R) else np.array([-1])
+            batch = make_batch(split, needed_R)
             logits_RC = forward(batch.inputs, split.tokens.choices).float().cpu().numpy()
             mine.append((rows_R, logits_RC[: len(rows_R)]))
             if advance is not None:

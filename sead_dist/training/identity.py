@@ -22,7 +22,7 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError, reading
 from sead_dist.runtime.run_log import read_as
 
-# the rules that decide the student of every run, with their versions
+# the rules that determine the student of every run, with their versions
 RULES = {
     "order": ORDER_RULES,
     "start": START_RULES,
@@ -35,7 +35,7 @@ SPLITS = "splits"
 
 
 def rules_of(config: RunConfig) -> dict[str, int]:
-    """The versions of the rules that decide the student of this run."""
+    """The versions of the rules that determine the student of this run."""
     stages = {"stages": STAGE_RULES} if config.feature_loss == "tinybert" else {}
     by_files = any(entry.predictions is not None for entry in config.teachers)
     unasked = config.routed or any(not entry.weight for entry in config.teachers)
@@ -103,7 +103,7 @@ class Identity:
         return [name for name in names if self.rules.get(name, 1) != other.rules.get(name, 1)]
 
     def differences(self, other: "Identity") -> list[str]:
-        """One phrase for each difference. other: the run that is asked for now."""
+        """One phrase for each difference. other: the run that is given now."""
         found = [
             f"the rules of {name} were version {self.rules.get(name, 1)}, are version "
             f"{other.rules.get(name, 1)}"
@@ -152,7 +152,7 @@ def _names(teachers: list[dict[str, Any]]) -> str:
 
 
 def reject_other(run: Path, saved: Identity, asked: Identity) -> None:
-    """Raises UserError when a run directory holds another run than the one asked for."""
+    """Raises UserError when a run directory holds another run than the one given."""
     if names := saved.other_rules(asked):
         if names == [SPLITS]:
             raise UserError(

@@ -81,7 +81,7 @@ class Trainer:
             state.step,
             self.config.window_rows,
             depth,
-            self.asked,
+            self.needed,
             self.feature_teacher,
         )
         tally = Tally(len(self.teacher_names))
@@ -179,11 +179,11 @@ class Trainer:
             choices = self.batches.split.tokens.choices
             return self.engine.forward(batch.inputs, choices), layer_outputs
 
-    def asked(self, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
-        """The asked_NR: which teachers these steps need for which examples (None: all for all)."""
+    def needed(self, steps: range, entries_R: np.ndarray) -> np.ndarray | None:
+        """The needed_NR: which teachers these steps need for which examples (None: all for all)."""
         if self.ensemble is None:
             return None
-        return self.ensemble.asked(self.batches, steps, entries_R)
+        return self.ensemble.needed(self.batches, steps, entries_R)
 
     def update(self, step: int) -> None:
         """Take the optimiser's step. Raises RunError for a gradient that is not finite, so that it
@@ -295,8 +295,8 @@ class Trainer:
         return self.keep(score, result.loss, state), score
 
     def with_selection_loss(self, loss: float, state: TrainState) -> TrainState:
-        """The state with this selection loss, at a check for an early end. Rank 0 decides whether
-        it fell, as in `agreed_better`."""
+        """The state with this selection loss, at a check for an early end. Rank 0 checks whether it
+        fell, as in `agreed_better`."""
         lowest = state.lowest_loss
         if from_main(self.world, lambda: lowest is None or loss < lowest):
             return replace(state, lowest_loss=loss, lowest_step=state.step, losses_without_fall=0)
@@ -317,7 +317,7 @@ class Trainer:
         return replace(state, best_step=state.step, best_metric=score, best_loss=loss)
 
     def agreed_better(self, score: float, loss: float, state: TrainState) -> bool:
-        """Whether the student is the best so far, as rank 0 decides. On different processors the
+        """Whether the student is the best so far, by rank 0's score. On different processors the
         last digit of a loss may differ, and all ranks save the best student together (invariant
         8)."""
         return from_main(self.world, lambda: is_better(score, loss, state))

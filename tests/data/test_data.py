@@ -36,10 +36,10 @@ class Recorder:
     """A teacher source that answers entry e with the logits (e, -e), and notes what it is asked."""
 
     def __init__(self):
-        self.asked: list[np.ndarray] = []
+        self.needed: list[np.ndarray] = []
 
     def submit(self, request: Request) -> "Recorder":
-        self.asked.append(request.entries_R)
+        self.needed.append(request.entries_R)
         self.answer = torch.tensor(request.entries_R, dtype=torch.float32)
         return Answer(self.answer)
 
@@ -99,9 +99,9 @@ def test_invariant_01_rows_that_fill_the_shape_reach_neither_teachers_nor_the_lo
             batches = batches_of(split, rank, size, seed, global_batch=12, micro_batch=4)
             taught_steps = list(stream(batches, source, 0, 12, 0, lambda *_: None))
             # what is asked for are the valid rows of the step, each once, on every rank
-            for taught, asked_R in zip(taught_steps, source.asked, strict=True):
+            for taught, needed_R in zip(taught_steps, source.needed, strict=True):
                 rows_G = batches.rows(taught.step.number)
-                assert asked_R.tolist() == sorted(split.entry_B[rows_G].tolist())
+                assert needed_R.tolist() == sorted(split.entry_B[rows_G].tolist())
             for taught in taught_steps:
                 for batch in taught.step.batches:
                     check_fillers_count_nothing(batch, taught.step.valid_rows)

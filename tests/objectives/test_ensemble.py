@@ -15,10 +15,10 @@ from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives import ensemble
 from sead_dist.objectives.ensemble import (
     Ensemble,
-    asks_selection,
     check_method,
     combine,
     make_ensemble,
+    needs_selection,
     unseen,
 )
 from sead_dist.objectives.weightings import (
@@ -144,8 +144,8 @@ def test_of_a_row_the_teachers_are_asked_that_were_not_trained_on_it_where_there
     seen_NR = np.array([[True, False, True], [False, False, True]])
     assert unseen(None, seen_NR).tolist() == [[False, True, True], [True, True, True]]
     # one that nobody would ask stays unasked
-    asked_NR = np.array([[True, True, False], [False, True, True]])
-    assert unseen(asked_NR, seen_NR).tolist() == [[True, True, False], [False, True, True]]
+    needed_NR = np.array([[True, True, False], [False, True, True]])
+    assert unseen(needed_NR, seen_NR).tolist() == [[True, True, False], [False, True, True]]
 
 
 def test_one_teacher_alone_is_the_ensemble_whatever_the_method():
@@ -246,7 +246,7 @@ def test_a_registered_weighting_may_freeze_weights_and_leave_the_rest(older):
     teachers = TeacherLogits(TWO, torch.ones(2, 1, dtype=torch.bool))
     found = ensemble.soft_targets(teachers, None, None, 0, 0)
     torch.testing.assert_close(found.weights_NB[:, 0], weights_N)
-    assert not asks_selection(given)
+    assert not needs_selection(given)
     Older.frozen = lambda self, known: torch.tensor([2.0, -1.0])
     with pytest.raises(
         UserError, match=r"ensemble=older gave the weights \[2.0, -1.0\]; expected 0 or more"

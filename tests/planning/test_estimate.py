@@ -23,10 +23,10 @@ from sead_dist.data.order import BatchStream, make_split
 from sead_dist.data.splits import RunExamples
 from sead_dist.planning.workload import (
     Work,
-    asked_share,
     batch_shapes,
     bound,
     make_work,
+    needed_share,
     spread,
     teachers_seconds,
     training_seconds,
@@ -127,18 +127,18 @@ def test_micro_batches_are_as_long_as_those_of_the_run(teachers):
 
 def test_asked_share_follows_the_method(teachers):
     def shares(**changes):
-        return asked_share(config(**changes), teachers, EXAMPLES.train, 2)
+        return needed_share(config(**changes), teachers, EXAMPLES.train, 2)
 
     assert shares() == [1.0, 1.0]
     assert shares(ensemble="random") == [0.75, 0.75]
     assert shares(ensemble="single", teacher="b") == [0.0, 1.0]
     routed = replace(EXAMPLES.train, routes_B=np.array([0] * 40 + [1] * 10))
-    assert asked_share(config(ensemble="routed"), teachers, routed, 2) == [0.8, 0.2]
+    assert needed_share(config(ensemble="routed"), teachers, routed, 2) == [0.8, 0.2]
     free = [
         teachers[0],
         replace(teachers[1], entry=teachers[1].entry.model_copy(update={"weight": 0})),
     ]
-    assert asked_share(config(ensemble="fixed"), free, EXAMPLES.train, 2) == [1.0, 0.0]
+    assert needed_share(config(ensemble="fixed"), free, EXAMPLES.train, 2) == [1.0, 0.0]
 
 
 def test_lengths_that_stand_for_more_rows_are_distributed_alike():

@@ -37,8 +37,8 @@ SPLIT = small_split(21)
 EVERY = np.arange(21)
 
 
-def request(entries_R=EVERY, asked_NR=None, split=SPLIT):
-    return Request(split, np.asarray(entries_R), asked_NR, "a test")
+def request(entries_R=EVERY, needed_NR=None, split=SPLIT):
+    return Request(split, np.asarray(entries_R), needed_NR, "a test")
 
 
 @pytest.fixture(scope="module")
@@ -225,13 +225,13 @@ def test_a_third_teacher_is_the_only_one_computed(teachers, tmp_path):
 
 def test_only_the_pairs_that_are_asked_for_are_computed(teachers, tmp_path):
     source = make_source(teachers, tmp_path / "st", tmp_path / "run")
-    asked_NR = np.zeros((3, 21), bool)
-    asked_NR[0, :5] = asked_NR[2, 5:7] = True
-    answer = source.submit(request(asked_NR=asked_NR)).result()
+    needed_NR = np.zeros((3, 21), bool)
+    needed_NR[0, :5] = needed_NR[2, 5:7] = True
+    answer = source.submit(request(needed_NR=needed_NR)).result()
     assert source.counts() == (7, 0)
     assert set(source.models) == {0, 2}
-    np.testing.assert_array_equal(answer.present_NB.numpy(), asked_NR)
-    assert not answer.logits_NBC[~torch.from_numpy(asked_NR)].any()
+    np.testing.assert_array_equal(answer.present_NB.numpy(), needed_NR)
+    assert not answer.logits_NBC[~torch.from_numpy(needed_NR)].any()
     journal = [json.loads(line) for line in source.journal.path.read_text().splitlines()]
     assert [(line["teacher"], line["rows"]) for line in journal] == [("a", 5), ("c", 2)]
     source.close()

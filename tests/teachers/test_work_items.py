@@ -20,14 +20,14 @@ def items(split, **changes):
     given = config(global_batch_size=4, micro_batch_size=2, **changes)
     batches = BatchStream(split, 0, 4, 2, 3, None, 0, 1)
     weights_N = torch.full((TEACHERS,), 1 / TEACHERS)
-    asked = partial(make_ensemble(given, KINDS["classification"], weights_N).asked, batches)
-    return items_of_training(batches, TEACHERS, ROWS, asked), batches, asked
+    needed = partial(make_ensemble(given, KINDS["classification"], weights_N).needed, batches)
+    return items_of_training(batches, TEACHERS, ROWS, needed), batches, needed
 
 
 @pytest.mark.parametrize("ensemble", ["mean_logits", "random"])
 def test_items_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(ensemble):
     split = small_split(21)
-    found, batches, asked = items(split, ensemble=ensemble)
+    found, batches, needed = items(split, ensemble=ensemble)
     first_NU = np.full((TEACHERS, 21), -1)
     for place, item in enumerate(found):
         assert (first_NU[item.teacher, item.entries_R] == -1).all(), "a pair is there twice"
@@ -36,9 +36,9 @@ def test_items_hold_every_pair_that_is_asked_for_once_and_no_later_than_needed(e
     needed_NU = np.zeros((TEACHERS, 21), bool)
     for steps in batches.windows(0, ROWS):
         entries_R = batches.entries(steps)
-        asked_NR = asked(steps, entries_R)
+        needed_NR = needed(steps, entries_R)
         new_NU = np.zeros((TEACHERS, 21), bool)
-        new_NU[:, entries_R] = True if asked_NR is None else asked_NR
+        new_NU[:, entries_R] = True if needed_NR is None else needed_NR
         new_NU &= ~needed_NU
         needed_NU |= new_NU
         if new_NU.any():

@@ -274,9 +274,9 @@ def test_random_asks_one_teacher_per_micro_batch_and_only_for_its_rows(tmp_path)
     trainer = make_trainer(tmp_path, names="abc", ensemble="random", seed=4)
     steps = range(0, 3)
     entries_R = trainer.batches.entries(steps)
-    asked_NR = trainer.asked(steps, entries_R)
+    needed_NR = trainer.needed(steps, entries_R)
     # every row is in one micro-batch of an epoch, so one teacher is asked for it
-    assert asked_NR.sum(0).tolist() == [1] * 21
+    assert needed_NR.sum(0).tolist() == [1] * 21
     by_hand = Counter()
     for step in steps:
         for batch in trainer.batches.step(step).batches:
@@ -284,9 +284,9 @@ def test_random_asks_one_teacher_per_micro_batch_and_only_for_its_rows(tmp_path)
             by_hand[chosen] += int(batch.valid_B.sum())
             weights_N = trainer.ensemble.weighting.at(torch.ones(3), 4, step, batch.micro)
             assert weights_N.tolist() == [float(n == chosen) for n in range(3)]
-    assert asked_NR.sum(1).tolist() == [by_hand[n] for n in range(3)]
+    assert needed_NR.sum(1).tolist() == [by_hand[n] for n in range(3)]
     every = weighed(config("teachers=[a,b,c]"), torch.full((3,), 1 / 3))
-    assert every.asked(trainer.batches, steps, entries_R) is None
+    assert every.needed(trainer.batches, steps, entries_R) is None
 
 
 def test_a_teacher_without_weight_is_not_asked(tmp_path):
@@ -294,9 +294,9 @@ def test_a_teacher_without_weight_is_not_asked(tmp_path):
     steps = range(0, 3)
     entries_R = trainer.batches.entries(steps)
     given, one = config("teachers=[a,b,c]", ensemble="single"), torch.tensor([0.0, 1.0, 0.0])
-    asked_NR = weighed(given, one).asked(trainer.batches, steps, entries_R)
-    assert asked_NR.all(1).tolist() == [False, True, False]
-    assert asked_NR.sum() == 21
+    needed_NR = weighed(given, one).needed(trainer.batches, steps, entries_R)
+    assert needed_NR.all(1).tolist() == [False, True, False]
+    assert needed_NR.sum() == 21
 
 
 def test_routed_asks_each_rows_own_teacher_and_equal_rows_may_ask_two(tmp_path):
@@ -312,13 +312,13 @@ def test_routed_asks_each_rows_own_teacher_and_equal_rows_may_ask_two(tmp_path):
     steps = range(0, 3)
     entries_R = batches.entries(steps)
     given = config("teachers=[a,b]", ensemble="routed", teacher_column="column")
-    asked_NR = weighed(given, torch.full((2,), 0.5)).asked(batches, steps, entries_R)
-    assert asked_NR[:, np.searchsorted(entries_R, entry_B[0])].tolist() == [True, True]
-    assert asked_NR.sum() == len(split)
+    needed_NR = weighed(given, torch.full((2,), 0.5)).needed(batches, steps, entries_R)
+    assert needed_NR[:, np.searchsorted(entries_R, entry_B[0])].tolist() == [True, True]
+    assert needed_NR.sum() == len(split)
     for step in steps:
         for batch in batches.step(step).batches:
             at_B = np.searchsorted(entries_R, batch.entries_B.numpy())
-            assert asked_NR[batch.routes_B.numpy(), at_B].all()
+            assert needed_NR[batch.routes_B.numpy(), at_B].all()
 
 
 def test_of_equal_scores_the_student_with_the_lower_loss_is_kept():
