@@ -42,7 +42,7 @@ RENAMED = {
     "teachers.weights": "teachers.quantization",
     "encoders.weights": "encoders.quantization",
 }
-VALUES = {
+VALUES: dict[tuple[str, str | float], str] = {
     ("start", "guide"): "feature_teacher",
     ("select.on", "select"): "held_out",
     ("drift", "on"): "fp32",

@@ -331,10 +331,8 @@ def measure_student(
     def work(length: int) -> float:
         return STEP_FORWARDS * choices * operations(model.config, length, config.trust_remote_code)
 
-    stopwatch = Stopwatch(device, until)
-    found = measure_batches(
-        stopwatch, lengths_K, lambda _length: config.micro_batch_size, batch, work
-    )
+    timer = Stopwatch(device, until)
+    found = measure_batches(timer, lengths_K, lambda _length: config.micro_batch_size, batch, work)
     rate = Rate(*found, once_s=0.0)
     shortest = rate.lengths_K[0]
     learn = batch(config.micro_batch_size, shortest)

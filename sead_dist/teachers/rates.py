@@ -275,7 +275,7 @@ class Stopwatch:
 
 
 def measure_batches(
-    stopwatch: Stopwatch,
+    timer: Stopwatch,
     lengths_K: Sequence[int],
     rows_of: Callable[[int], int],
     batch: Callable[[int, int], Callable[[], None]],
@@ -288,15 +288,15 @@ def measure_batches(
     """
     first = lengths_K[0]
     few = min(FEW_ROWS, rows_of(first))
-    few_s = stopwatch.time(batch(few, first), few * work(first))
+    few_s = timer.time(batch(few, first), few * work(first))
     assert few_s is not None
     measured: dict[int, tuple[int, float]] = {}
     for length in lengths_K:
         rows = rows_of(length)
-        taken = stopwatch.time(batch(rows, length), rows * work(length))
+        taken = timer.time(batch(rows, length), rows * work(length))
         while taken is None and rows > few:
             rows = max(few, rows // 4)
-            taken = stopwatch.time(batch(rows, length), rows * work(length))
+            taken = timer.time(batch(rows, length), rows * work(length))
         if taken is None:
             break
         measured[length] = (rows, taken)
@@ -365,16 +365,16 @@ def measure_teacher(
 
         return forward
 
-    stopwatch = Stopwatch(device, until)
+    timer = Stopwatch(device, until)
     found = measure_batches(
-        stopwatch,
+        timer,
         lengths_K,
         partial(full_batch, teacher, device),
         batch,
         lambda length: operations(model.config, length, trust_remote_code),
     )
     work_bytes = beyond(device, held_before, teacher.bytes)
-    return Rate(*found, once_s=load_s, shape_s=stopwatch.shape_s, work_bytes=work_bytes)
+    return Rate(*found, once_s=load_s, shape_s=timer.shape_s, work_bytes=work_bytes)
 
 
 def beyond(device: torch.device, held_before: int | None, known: int) -> int | None:

@@ -121,10 +121,10 @@ class Pretended(Stopwatch):
 
 
 def pretended(speed, until):
-    stopwatch = Pretended(CPU, until)
-    stopwatch.speed = speed
+    timer = Pretended(CPU, until)
+    timer.speed = speed
     return measure_batches(
-        stopwatch,
+        timer,
         [16, 64],
         lambda _length: 32,
         lambda rows, length: lambda: RATE.seconds([length], [rows]),
