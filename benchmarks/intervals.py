@@ -43,7 +43,7 @@ from sead_dist.runtime.run_log import is_finished, read_as, write_json
 # the part of the page for the runs of the table's core
 PART = "intervals"
 FIRST, CONTROL = "sead", "control"
-# arms without teachers, over which FIRST is told for all tasks together
+# arms without teachers, over which FIRST is given for all tasks together
 WITHOUT = (CONTROL, "finetune")
 COLUMNS = ("arm", "seeds", "steps", "{metric}", "`sead` has more", "95% interval", "seconds")
 
@@ -198,7 +198,7 @@ def pooled(tasks: Sequence[TaskRuns], arm: str) -> str:
         drawn_TR = [drawn_R(of, arm) for of in having]
         low, high = np.percentile(np.mean(drawn_TR, axis=0), [2.5, 97.5])
         interval = float(low), float(high)
-        how = f"rows drawn anew within each task, {RESAMPLES:,} times, percentiles; the spread "
+        how = f"rows drawn again within each task, {RESAMPLES:,} times, percentiles; the spread "
         how += "between seeds is not in it"
     return (
         f"`{FIRST}` less `{arm}`, mean over {names}, which count alike: {value:+.4f} "

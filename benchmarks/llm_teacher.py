@@ -51,7 +51,7 @@ ARMS = {
     "uncalibrated": (f"[{ENCODERS},{UNCALIBRATED}]", "all three, no temperature"),
     "contextual": (f"[{ENCODERS},{CONTEXTUAL}]", "all three, contextual calibration"),
 }
-# of these the teachers' and the ensemble's scores are wanted, and a run of one step says them
+# of these the teachers' and the ensemble's scores are needed, and a run of one step gives them
 ONE_SEED = ("uncalibrated", "contextual")
 
 

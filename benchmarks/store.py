@@ -99,22 +99,22 @@ def build(store: Path, ids: Path, teachers: int, classes: int) -> Seconds:
 
 
 def compact_it(store: Path) -> Seconds:
-    """Compact, watching the memory that is this process's own."""
+    """Compact, and measure the memory that is this process's own."""
     taken: Seconds = {}
     before = most = memory_mb("RssAnon")
     ended = threading.Event()
 
-    def watch() -> None:
+    def measure() -> None:
         nonlocal most
         while not ended.wait(0.05):
             most = max(most, memory_mb("RssAnon"))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    thread = threading.Thread(target=measure)
+    thread.start()
     with timed(taken, "compact"):
         compact(store)
     ended.set()
-    watcher.join()
+    thread.join()
     return {**taken, "compact_mb": most - before}
 
 
@@ -163,7 +163,7 @@ def files_of(store: Path) -> list[Path]:
 
 
 def drop_from_cache(store: Path) -> float:
-    """Ask for the store's files to leave the page cache; the share of them that is still there."""
+    """Drop the store's files from the page cache; the share of them that is still there."""
     os.sync()
     for path in files_of(store):
         with open(path, "rb") as file:

@@ -1,9 +1,9 @@
 """The teachers' pass over an empty store, against a bare loop of the same forwards.
 
 Ours is `StoredSource` in a world of one: look-up, forwards at fixed padded lengths, blocks written
-to disk with their checksums, and the answer in the order asked. The bare loop forwards the same
-unique examples in batches sorted by length, padded to their longest row, and keeps the logits in
-memory; the better of its batch sizes counts. Models are loaded and rows tokenised before, for
+to disk with their checksums, and the answer in the order of the request. The bare loop forwards the
+same unique examples in batches sorted by length, padded to their longest row, and keeps the logits
+in memory; the better of its batch sizes counts. Models are loaded and rows tokenised before, for
 both. Target: at least 90% of the bare loop's examples per second.
 """
 

@@ -245,7 +245,7 @@ def test_class_names_that_cannot_be_aligned(refused, teacher):
     assert f"{{path: {bad}, labels: [negative, positive]}}" in line
 
 
-def test_classes_without_names_and_the_line_that_mends_it(
+def test_classes_without_names_and_the_line_that_fixes_it(
     refused, teacher, words, distil, tmp_path
 ):
     nameless = teacher(1, id2label={"0": "LABEL_0", "1": "LABEL_1"})

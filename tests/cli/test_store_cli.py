@@ -101,7 +101,7 @@ def test_rm_prints_first_and_removes_with_yes(store, said, teachers):
     assert {row.teacher for row in list_store(store).rows} == {str(teachers[1])}
 
 
-def test_rm_keeps_what_a_live_run_holds(store, said, teachers):
+def test_rm_keeps_what_a_run_that_uses_it_holds(store, said, teachers):
     row = next(row for row in list_store(store).rows if row.teacher == str(teachers[0]))
     key = TeacherKey(row.fingerprint, row.numerics, row.teacher, 2)
     with StoreFolder(store).hold("/runs/live", [key]):

@@ -340,9 +340,9 @@ def test_rows_are_paired():
     labels_B = random.integers(2, size=400)
     wrong_B = random.random(400) < 0.4
     base_B = np.where(wrong_B, 1 - labels_B, labels_B)
-    mended_B = base_B.copy()
-    mended_B[np.flatnonzero(wrong_B)[:12]] = labels_B[np.flatnonzero(wrong_B)[:12]]
-    reference, method = ([np.eye(2, dtype=np.float32)[said_B]] * 3 for said_B in (base_B, mended_B))
+    better_B = base_B.copy()
+    better_B[np.flatnonzero(wrong_B)[:12]] = labels_B[np.flatnonzero(wrong_B)[:12]]
+    reference, method = ([np.eye(2, dtype=np.float32)[said_B]] * 3 for said_B in (base_B, better_B))
     found = judge(labels_B, method, reference)
     assert found.beyond_chance
     # broken: the method's rows in another order than the labels and the reference have

@@ -101,7 +101,7 @@ def plain(two_alike, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_final_model_holds_the_student_alone_and_the_summary_says_what_was_followed(
+def test_the_final_model_holds_the_student_alone_and_the_summary_names_the_feature_teacher(
     tmp_path, two_alike, plain, method
 ):
     output = run(two_alike, tmp_path / "run", method=method, teacher="b", max_steps=4)

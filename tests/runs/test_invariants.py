@@ -87,7 +87,7 @@ def test_invariant_04_label_0_is_refused_before_anything_is_written(tmp_path, ta
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_invariant_05_an_inverted_teacher_stops_the_run_and_the_better_order_mends_it(
+def test_invariant_05_an_inverted_teacher_stops_the_run_and_the_better_order_fixes_it(
     tmp_path, task
 ):
     data, (a, _) = task

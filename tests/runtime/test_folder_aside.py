@@ -86,7 +86,7 @@ def test_a_link_in_its_place_is_replaced_and_what_it_leads_to_stays(tmp_path):
 
 
 def killed_at(target: Path, moment: int, do: Callable[[Path], None] = write_new) -> None:
-    """Write `target` anew, or remove it, in a process that is killed at a step of that."""
+    """Write `target` again, or remove it, in a process that is killed at a step of that."""
     child = os.fork()
     if child == 0:
         left = [moment]
@@ -139,7 +139,7 @@ def test_a_part_of_an_old_folder_is_not_put_back(tmp_path):
 
 
 def killed_between_renames(target: Path) -> None:
-    """Write `target` anew in a process that is killed when its old folder has been renamed."""
+    """Write `target` again in a process that is killed when its old folder has been renamed."""
     child = os.fork()
     if child == 0:
         rename = os.rename

@@ -439,7 +439,7 @@ with StoreFolder(Path(sys.argv[1])).hold("runs/live", [key]):
 """
 
 
-def test_rm_leaves_what_a_live_process_holds_and_takes_it_after_that_is_killed(tmp_path):
+def test_rm_leaves_what_a_running_process_holds_and_takes_it_after_that_is_killed(tmp_path):
     ids = make_ids(50)
     fill(tmp_path, ids, make_key(1))
     fill(tmp_path, ids, make_key(2))

@@ -239,7 +239,7 @@ def test_foreign_safetensors_files_are_set_aside(tmp_path):
     check_reads(tmp_path, ids, make_key(2))
 
 
-def test_the_key_block_of_the_own_set_is_mended_and_nothing_is_lost(tmp_path):
+def test_the_key_block_of_the_own_set_is_repaired_and_nothing_is_lost(tmp_path):
     ids, key = make_ids(50), make_key()
     fill(tmp_path, ids, key, entries=np.arange(30))
     (path,) = (tmp_path / "keys").iterdir()

@@ -95,7 +95,7 @@ def test_clocks_of_other_machines_have_no_effect(store, clock, written_at):
         assert observer.take("item") is None
 
 
-def test_a_sign_of_life_starts_the_count_anew(store, clock):
+def test_a_sign_of_life_starts_the_count_again(store, clock):
     path = of_a_dead_worker(store, "item")
     observer = Leases(store, 60.0)
     for beat in range(3):

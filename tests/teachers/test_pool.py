@@ -102,9 +102,7 @@ def rows_of(run, number, workers):
 
 
 @pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_student_that_follows_two_workers_is_that_of_a_colocated_run(
-    tmp_path, task, colocated, size
-):
+def test_a_student_beside_two_workers_is_that_of_a_colocated_run(tmp_path, task, colocated, size):
     given, run = given_words(task, tmp_path), tmp_path / "run"
     student = start(size, tmp_path / "student", run_distill, given)
     # it is there first, and waits
