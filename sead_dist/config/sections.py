@@ -168,7 +168,7 @@ class StudentConfig(Section):
     @field_validator("layers", mode="before")
     @classmethod
     def check_layers(cls, layers: Any) -> Any:
-        """Reject texts that are no numbers: pydantic reads 0-5 as -5."""
+        """Reject texts that are not numbers: pydantic reads 0-5 as -5."""
         for one in layers if isinstance(layers, list) else ():
             if isinstance(one, str) and not re.fullmatch(r"-?\d+", one.strip()):
                 raise ValueError("expected the numbers of layers; give [0, 2, 4]")

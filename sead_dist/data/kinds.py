@@ -108,7 +108,7 @@ class Classification(TaskKind):
         values = file_values(task)
 
         def parse(value: Any, where: str) -> float:
-            # a missing value (None or NaN) is no label, even where a task has a label named None
+            # a missing value (None or NaN) is not a label, even where a task has a label named None
             missing = value is None or value != value
             index = None if missing else class_of(values, str(value))
             if index is None:
@@ -265,8 +265,8 @@ def class_of(values: Mapping[str, int], value: str) -> int | None:
 
 
 def score_of(value: Any) -> float:
-    """A file's score. NaN for a value that is no score, such as True and 4_0, which Python reads as
-    numbers."""
+    """A file's score. NaN for a value that is not a score, such as True and 4_0, which Python reads
+    as numbers."""
     if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         return math.nan
     try:

@@ -131,7 +131,7 @@ def found_by_id(
 
 
 def id_keys(path: Path, rows: Rows, column: str) -> list[Key]:
-    """The id of each row, in small letters. Raises UserError for a value that is no id."""
+    """The id of each row, in small letters. Raises UserError for a value that is not an id."""
     keys: list[Key] = []
     for number, row in enumerate(rows, 1):
         value = str(row.get(column)).strip().casefold()

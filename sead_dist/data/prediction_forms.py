@@ -32,7 +32,7 @@ from sead_dist.errors import UserError
 TOLERANCE = 0.02
 # a probability counts as at least so much, since it becomes a logarithm
 LEAST = 1e-6
-# so many rows of one label, all with a confidence below chance, are no coincidence
+# so many rows of one label, all with a confidence below chance, are not a coincidence
 IMPROBABLE = 10
 # keys of one entry in a list of the most probable labels
 TOP_LABEL, TOP_VALUE = ("label", "token"), ("probability", "score", "prob", "logprob")

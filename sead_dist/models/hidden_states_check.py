@@ -218,6 +218,6 @@ def attention_difference(
 
 def share(read: torch.Tensor, own: torch.Tensor, mask_RL: torch.Tensor) -> float:
     """The largest difference at text tokens (first two dimensions) over the largest value."""
-    # a NaN in both is no difference between them; other checks report it
+    # a NaN in both does not differ; other checks report it
     mine, theirs = (one.float()[mask_RL].nan_to_num() for one in (read, own))
     return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))

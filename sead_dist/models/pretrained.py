@@ -134,7 +134,7 @@ def locate(
 def reject_several(
     path: str, marks: Sequence[str] = ("config.json",), as_teacher: bool = False
 ) -> None:
-    """Raises UserError for a folder that holds checkpoints or runs and is none itself."""
+    """Raises UserError for a folder that holds checkpoints or runs and is not one itself."""
     if any((Path(path) / mark).is_file() for mark in marks):
         return  # a student that was exported has its ONNX files in a folder of their own
     found = [

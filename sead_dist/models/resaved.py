@@ -48,7 +48,7 @@ def difference(one_RC: torch.Tensor, other_RC: torch.Tensor) -> float:
     """The largest difference between logits, as a share of the largest logit (at least 1)."""
     if one_RC.shape != other_RC.shape:
         return math.inf
-    # a NaN in both is no difference between them; training reports it
+    # a NaN in both does not differ; training reports it
     one_RC, other_RC = one_RC.double().nan_to_num(), other_RC.double().nan_to_num()
     return float((one_RC - other_RC).abs().max() / one_RC.abs().max().clamp(min=1.0))
 

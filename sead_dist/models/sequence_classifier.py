@@ -59,8 +59,8 @@ def by_example(logits: torch.Tensor, choices: int) -> torch.Tensor:
 
 def label_names(config: PretrainedConfig) -> list[str]:
     """The names of a model's classes in its own order, by id2label. A name that is missing, or that
-    has another number in label2id, gets a remark in brackets. With the remark it is no label of a
-    task."""
+    has another number in label2id, gets a remark in brackets. With the remark it is not a label of
+    a task."""
     numbers, names = config.label2id or {}, []
     for index in range(config.num_labels):
         name = str(config.id2label.get(index, f"without a name ({index})"))

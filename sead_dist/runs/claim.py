@@ -229,7 +229,7 @@ def reject_other_teachers(config: RunConfig) -> None:
 def weights_now(entry: TeacherConfig) -> str | None:
     """The present hash of a teacher's weights; None for a GGUF file that does not exist.
 
-    Raises UserError where the weights of a teacher that is no GGUF file are not on this machine.
+    Raises UserError where the weights of a teacher without a GGUF file are not on this machine.
     """
     file = Path(entry.path)
     if file.suffix == ".gguf":

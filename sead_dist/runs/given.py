@@ -194,7 +194,7 @@ def listed(given: Any) -> Any:
 def is_folder(path: str) -> bool:
     """Whether the path is a folder of splits.
 
-    A folder in which `datasets.save_to_disk` saved a single split is none.
+    A folder in which `datasets.save_to_disk` saved a single split is not one.
     """
     return not Path(path).is_file() and not (Path(path) / "state.json").is_file()
 

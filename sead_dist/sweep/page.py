@@ -101,7 +101,7 @@ def render_page(report: Mapping[str, Any], folder: Path) -> Path:
     )
     path = folder / "report.html"
     with written_aside(path) as aside:
-        # a word of the command line may hold bytes that are no text
+        # a word of the command line may hold bytes that are not text
         aside.write_text(text, encoding="utf-8", errors="replace")
     return path
 

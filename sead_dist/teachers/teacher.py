@@ -76,8 +76,8 @@ class Teacher:
 
     @property
     def trained_rows(self) -> Path | None:
-        """The file with the rows that it was trained on; None where there is none or it is no
-        classifier."""
+        """The file with the rows that it was trained on; None where there is none, and for other
+        teachers than classifiers."""
         path = self.checkpoint.folder / TRAINED_ROWS
         return path if self.answers is None and path.is_file() else None
 

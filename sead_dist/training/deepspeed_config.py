@@ -129,7 +129,7 @@ def find_file(asked: str) -> Path:
 
 def read_file(path: Path) -> dict[str, Any]:
     """The values of a DeepSpeed file. Raises UserError where it splits nothing, keeps state on
-    another device than the GPU or the CPU, or is no such file."""
+    another device than the GPU or the CPU, or is not such a file."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         zero = values["zero_optimization"]

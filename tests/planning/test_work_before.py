@@ -64,7 +64,7 @@ def test_a_row_is_counted_for_those_teachers_alone_that_the_run_asks_of_it(
     told = planned(run, tmp_path)["teacher_forwards"]
     assert told == LABELLED - 30 + LABELLED + 2 * (SELECTION + DEV)
     assert read(distill(run, ALONE) / "run_summary.json")["teacher_forwards"] == told
-    # what the store has of them is no work, and it has nothing of the other rows
+    # what the store has of them is not work, and it has nothing of the other rows
     assert planned(run, tmp_path)["teacher_forwards"] == 0
 
 

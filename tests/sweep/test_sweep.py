@@ -189,7 +189,7 @@ def test_other_settings_in_the_same_folder_are_refused_before_anything_runs(fini
     with pytest.raises(UserError, match="holds another run: max_steps was 4, is 5"):
         run_sweep(sweep_words(tiny_data, finished, "max_steps=5", "seeds=3"), ALONE)
     assert not (finished / "grammar" / "mean" / "seed-2").exists()
-    # another method is no other setting
+    # another method is not another setting
     before = (finished / "report" / "report.json").read_bytes()
     run_sweep(sweep_words(tiny_data, finished, "methods=[finetune]"), ALONE)
     assert report_of(finished)["methods"] == ["finetune"]

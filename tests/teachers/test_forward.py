@@ -227,7 +227,7 @@ def test_the_row_counts_of_one_width_and_numbers_are_tried_once(tmp_path, monkey
 
 
 def test_the_self_check_leaves_the_generator_and_the_threads_alone():
-    # the probe's made-up rows are no text for BART, which wants an end in each
+    # the probe's made-up rows are not text for BART, which needs an end in each
     bart = AutoConfig.for_model(
         "bart", d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=128,
