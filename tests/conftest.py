@@ -132,47 +132,39 @@ def grammar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "grammar", make)
 
 
-@pytest.fixture(scope="session")
-def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """(the built-in task of 60 rows with a student's shape, in a folder called grammar; teachers
-    of one and of two layers, untrained). To be read: a test that changes them makes its own."""
+def small_task(
+    tmp_path_factory: pytest.TempPathFactory, name: str, *kind: str, **changes: int
+) -> tuple[Path, list[Path]]:
+    """(the built-in task of 60 rows with a student's shape, in a folder called grammar; two
+    teachers, untrained: a BERT of one layer, and one of this kind or with these changes). To be
+    read: a test that changes them makes its own."""
     from small import save_teacher, student_shape, write_task
 
     def make(folder: Path) -> None:
         student_shape(write_task(folder / "grammar"))
         save_teacher(folder / "a")
-        save_teacher(folder / "b", seed=1, num_hidden_layers=2)
+        save_teacher(folder / "b", *kind, seed=1, **changes)
 
-    root = made_once(tmp_path_factory, "tiny", make)
+    root = made_once(tmp_path_factory, name, make)
     return root / "grammar", [root / "a", root / "b"]
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """`small_task` with teachers of one and of two layers."""
+    return small_task(tmp_path_factory, "tiny", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="session")
 def two_kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """The same with a BERT and a RoBERTa as teachers. To be read too."""
-    from small import save_teacher, student_shape, write_task
-
-    def make(folder: Path) -> None:
-        student_shape(write_task(folder / "grammar"))
-        save_teacher(folder / "a")
-        save_teacher(folder / "b", "roberta", seed=1)
-
-    root = made_once(tmp_path_factory, "two-kinds", make)
-    return root / "grammar", [root / "a", root / "b"]
+    """`small_task` with a BERT and a RoBERTa as teachers."""
+    return small_task(tmp_path_factory, "two-kinds", "roberta")
 
 
 @pytest.fixture(scope="session")
 def two_alike(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """The same with two BERTs of one shape. To be read too."""
-    from small import save_teacher, student_shape, write_task
-
-    def make(folder: Path) -> None:
-        student_shape(write_task(folder / "grammar"))
-        save_teacher(folder / "a")
-        save_teacher(folder / "b", seed=1)
-
-    root = made_once(tmp_path_factory, "two-alike", make)
-    return root / "grammar", [root / "a", root / "b"]
+    """`small_task` with two BERTs of one shape as teachers."""
+    return small_task(tmp_path_factory, "two-alike")
 
 
 @pytest.fixture(scope="session")
