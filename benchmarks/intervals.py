@@ -198,7 +198,7 @@ def pooled(tasks: Sequence[TaskRuns], arm: str) -> str:
         drawn_TR = [drawn_R(of, arm) for of in having]
         low, high = np.percentile(np.mean(drawn_TR, axis=0), [2.5, 97.5])
         interval = float(low), float(high)
-        how = f"rows drawn again within each task, {RESAMPLES:,} times, percentiles; the spread "
+        how = f"rows drawn anew within each task, {RESAMPLES:,} times, percentiles; the spread "
         how += "between seeds is not in it"
     return (
         f"`{FIRST}` less `{arm}`, mean over {names}, which count alike: {value:+.4f} "
