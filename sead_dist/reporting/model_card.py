@@ -377,10 +377,11 @@ def _learnable(files: RunFiles) -> str:
             f"weights fitted to the other four. Weights fitted to all rows: {', '.join(weights)}."
         )
     for split, of in (found.get("splits") or {}).items():
-        if "share" in of and split != "selection":
+        if split != "selection":
+            kept = f"the student keeps {of['share']:.0%} of the" if "share" in of else "there is no"
             text += (
-                f" On {split} the student keeps {of['share']:.0%} of the gap between fine-tuned "
-                f"student ({of['finetuned']:.4f}) and ensemble ({of['ensemble']:.4f})."
+                f" On {split} {kept} gap between fine-tuned student ({of['finetuned']:.4f}) and "
+                f"ensemble ({of['ensemble']:.4f})."
             )
     return text
 
