@@ -77,6 +77,16 @@ def automatic_copies(labelled: int, text: int) -> int:
     return max(0, COPIES_OF_EACH * labelled - text)
 
 
+def no_copies_line(labelled: int, text: int) -> str:
+    """The line of the log where `automatic_copies` gives 0."""
+    why = f"the text alone is {COPIES_OF_EACH} times the labelled rows or more"
+    if labelled > MOST_LABELLED:
+        why = f"the run has {labelled} labelled rows, and above {MOST_LABELLED} there are none"
+    elif not labelled:
+        why = "the run has no labelled row"
+    return f"copies: 0 (automatic: {why}; augment.copies=N makes N of each row)"
+
+
 def run_rows(config: RunConfig, labelled: int, text: int) -> int:
     """The number of training rows that a run aims at: labelled rows, text and copies. Fewer copies
     are made where some would be equal or have a held-out sentence. The length of a run does not

@@ -85,7 +85,8 @@ def gather_text(
     """
     known, seed = known_sentences(held), config.selection.seed
     ratio, read_most = config.unlabeled.ratio, most_rows_read(config, labelled)
-    most = read_most if ratio is None else max(1, round(ratio * labelled))
+    wanted = None if ratio is None else max(1, round(ratio * labelled))
+    most = read_most if wanted is None else min(wanted, read_most)
     shared_B = shares_sentence(rest, known) if config.uses_rest else np.ones(len(rest), bool)
     removed = int(shared_B.sum()) if config.uses_rest else 0
     text = without_labels(subset(rest, ~shared_B), task.task_kind.unlabelled)
@@ -101,7 +102,9 @@ def gather_text(
         places_B = sample(marked, most, seed).rows_B
         own = int((places_B < own).sum())
         text = subset(text, places_B)
-    left_out = found - len(text) if ratio is None else 0
+    left_out = 0
+    if wanted is None or wanted > read_most:
+        left_out = (found if wanted is None else min(wanted, found)) - len(text)
     return UnlabelledText(text if len(text) else None, own, removed, left_out)
 
 

@@ -15,7 +15,7 @@ from sead_dist.config.load import DEFAULT_METHOD
 from sead_dist.config.yaml_text import to_yaml
 from sead_dist.data.metrics import Confusion
 from sead_dist.errors import UserError
-from sead_dist.reporting.run_files import RunFiles, onnx_rows
+from sead_dist.reporting.run_files import RunFiles, onnx_rows, verdict_words
 from sead_dist.runtime.console import counted, table
 from sead_dist.runtime.redact import redact
 
@@ -360,10 +360,10 @@ def _learnable(files: RunFiles) -> str:
     rows.append(("ensemble", found["ensemble"]))
     low, high = found["interval"]
     over = "the majority baseline" if found["finetuned"] is None else "the fine-tuned student"
-    few = " from so few rows" if found["verdict"] == "cannot be told" else ""
+    verdict = verdict_words(found["verdict"], found["finetuned"])
     text = table([f"{found['metric']} on {found['rows']} selection rows", "score"], rows)
     text += (
-        f"\n\nIs there anything to learn: **{found['verdict']}{few}**. The ensemble's gap over "
+        f"\n\nIs there anything to learn: **{verdict}**. The ensemble's gap over "
         f"{over} is {found['gap']:+.4f} ({low:+.4f} to {high:+.4f}, 95%, over rows alone)."
     )
     # a run of an earlier version has none
@@ -377,10 +377,11 @@ def _learnable(files: RunFiles) -> str:
             f"weights fitted to the other four. Weights fitted to all rows: {', '.join(weights)}."
         )
     for split, of in (found.get("splits") or {}).items():
-        if "share" in of and split != "selection":
+        if split != "selection":
+            kept = f"the student keeps {of['share']:.0%} of the" if "share" in of else "there is no"
             text += (
-                f" On {split} the student keeps {of['share']:.0%} of the gap between fine-tuned "
-                f"student ({of['finetuned']:.4f}) and ensemble ({of['ensemble']:.4f})."
+                f" On {split} {kept} gap between fine-tuned student ({of['finetuned']:.4f}) and "
+                f"ensemble ({of['ensemble']:.4f})."
             )
     return text
 

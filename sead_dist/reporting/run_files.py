@@ -14,6 +14,9 @@ from sead_dist.errors import UserError
 from sead_dist.runtime.redact import redact
 from sead_dist.runtime.run_log import read_as
 
+# the verdict where it is not known whether there is anything to learn
+CANNOT_BE_TOLD = "cannot be told"
+
 
 class TeacherScore(TypedDict):
     """Of one teacher on one split."""
@@ -119,6 +122,17 @@ def read_run(run: Path) -> RunFiles:
         learnable=optional("learnable.json", keys, {}),
         task_file=run / "task.yaml" if (run / "task.yaml").is_file() else None,
     )
+
+
+def verdict_words(verdict: str, finetuned: float | None) -> str:
+    """The verdict of learnable.json as a person reads it, with the reason where it is open.
+
+    finetuned: the score of the fine-tuned student; None without one.
+    """
+    if verdict != CANNOT_BE_TOLD:
+        return verdict
+    reason = "without a fine-tuned student" if finetuned is None else "from so few rows"
+    return f"{verdict} {reason}"
 
 
 def onnx_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[object]]]:

@@ -33,7 +33,7 @@ from sead_dist.models.hidden_states import TeacherLogits
 from sead_dist.objectives.ensemble import combine, frozen_weights, needs_selection
 from sead_dist.objectives.weightings import WEIGHTINGS, Known
 from sead_dist.reporting.report import read_predictions
-from sead_dist.reporting.run_files import Scores
+from sead_dist.reporting.run_files import CANNOT_BE_TOLD, Scores, verdict_words
 from sead_dist.runs.checks import without_teachers_text
 from sead_dist.runtime.run_log import is_finished, read_as, tell
 
@@ -75,7 +75,8 @@ class Learnable:
 
     finetuned: the score of the fine-tuned student; None without one. gap: the ensemble's score
     minus `finetuned`, or minus the score of the majority baseline where `finetuned` is None.
-    interval: the 95% interval of the gap over rows. verdict: "yes", "no" or "cannot be told".
+    interval: the 95% interval of the gap over rows. verdict: "yes", "no" or "cannot be told"; it is
+    never "yes" where `finetuned` is None.
     """
 
     metric: str
@@ -97,12 +98,16 @@ class ScoredTask(TypedDict):
     task: str
 
 
-def verdict(interval: tuple[float, float]) -> str:
-    """Whether the gap with this interval is real: "yes", "no" or "cannot be told"."""
+def verdict(interval: tuple[float, float], over_finetuned: bool = True) -> str:
+    """Whether the gap with this interval is real: "yes", "no" or "cannot be told".
+
+    over_finetuned: whether it is a gap over the fine-tuned student. A gap over the majority
+    baseline is never a "yes", since a student without teachers has nearly always such a gap too.
+    """
     low, high = interval
-    if low > 0:
+    if low > 0 and over_finetuned:
         return "yes"
-    return "no" if high < WORTH else "cannot be told"
+    return "no" if high < WORTH else CANNOT_BE_TOLD
 
 
 def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> NDArray[np.float32]:
@@ -173,7 +178,7 @@ def compare_ensemble(
         ensemble=compute_metrics(task, ensemble_BC, selection)[metric],
         gap=gap.value,
         interval=gap.interval,
-        verdict=verdict(gap.interval),
+        verdict=verdict(gap.interval, over_finetuned=finetuned is not None),
     )
 
 
@@ -252,9 +257,7 @@ def learnable_line(found: Learnable) -> str:
     low, high = found.interval
     over = "the majority baseline" if found.finetuned is None else "the fine-tuned student"
     line += f"ensemble {found.ensemble:.4f}; the ensemble's gap over {over} is {found.gap:+.4f} "
-    line += f"({low:+.4f} to {high:+.4f}): {found.verdict}"
-    if found.verdict == "cannot be told":
-        line += " from so few rows"
+    line += f"({low:+.4f} to {high:+.4f}): {verdict_words(found.verdict, found.finetuned)}"
     return line
 
 

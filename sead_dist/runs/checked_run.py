@@ -23,6 +23,7 @@ from sead_dist.data.augmentation import (
     automatic_copies,
     fitting_operations,
     make_copies,
+    no_copies_line,
 )
 from sead_dist.data.examples import ExampleSet, concatenate
 from sead_dist.data.neighbors import embedding_table, near_words, table_hash
@@ -207,6 +208,7 @@ def add_copies(
         return examples
     in_all = automatic_copies(examples.labelled_rows, examples.unlabelled_rows)
     if asked == "auto" and in_all == 0:
+        tell(no_copies_line(examples.labelled_rows, examples.unlabelled_rows))
         return examples
     # a run without teachers has no unlabelled text among these rows
     sources = examples.train

@@ -57,8 +57,9 @@ def chosen_key_lines(
     length = length_line(config, labelled, rows)
     step_s = known_step_seconds(config, task, tokens, model, world)
     if step_s is not None:
+        about = "about" if config.early_stopping_patience is None else "at most about"
         length += (
-            f"; about {clock(steps * step_s)} of training, at the rate that `plan` measured here"
+            f"; {about} {clock(steps * step_s)} of training, at the rate that `plan` measured here"
         )
     width = width_of(model)
     rate = f"learning_rate={learning_rate(config, width):g}"

@@ -135,14 +135,30 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "folds", "it is for finetune, which trains teachers"
     if not config.has_text:
         yield "unlabeled.ratio", "there is no unlabelled text"
-    if config.augment.copies is None:
-        yield "augment.operations", "augment.copies is null"
-        yield "augment.gold_labels", "augment.copies is null"
+    if (why := _reason_against_copies(config)) is not None:
+        yield "augment.operations", why
+        yield "augment.gold_labels", why
+    if config.repair.text is None:
+        for key in ("repair.steps", "repair.teacher"):
+            yield key, "there is no repair.text, so nothing is repaired"
+    if config.final_checkpoint in ("best", "last"):
+        yield "average_share", f"it is for final_checkpoint=average, not {config.final_checkpoint}"
     if not config.taught:
         for key in OF_TEACHERS:
             yield key, "the run uses no teacher"
         return
     yield from _unread_by_method(config)
+
+
+def _reason_against_copies(config: RunConfig) -> str | None:
+    """Why the run makes no copies, by its keys alone; None where it may make some."""
+    if config.uses_copies:
+        return None
+    if config.augment.copies is None:
+        return "augment.copies is null"
+    if not config.taught:
+        return "without teachers a run makes copies with augment.gold_labels=true only"
+    return "files of predictions have no predictions of copies"
 
 
 def _unread_by_method(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from sead_dist.data.augmentation import (
     keep_ngram,
     make_copies,
     mask_words,
+    no_copies_line,
     replace_by_neighbors,
 )
 from sead_dist.data.examples import build_examples, concatenate, subset, without_labels
@@ -218,6 +219,15 @@ def test_the_automatic_number_is_ten_times_the_labelled_rows_with_the_text():
     wanted = WantedCopies(("mask",), 0, None, 30, False)
     made = make_copies(TASK, rows, [NONE], wanted, Material("[MASK]"))
     assert len(made.operations) + sum(made.removed.values()) == 30
+
+
+def test_why_there_are_no_automatic_copies_is_told():
+    told = [no_copies_line(*rows) for rows in ((100, 1000), (50_001, 0), (0, 900))]
+    assert [line.partition("automatic: ")[2].partition(";")[0] for line in told] == [
+        "the text alone is 10 times the labelled rows or more",
+        "the run has 50001 labelled rows, and above 50000 there are none",
+        "the run has no labelled row",
+    ]
 
 
 def test_operations_that_do_not_fit_are_passed_over_or_refused_by_name():

@@ -268,6 +268,20 @@ def test_no_more_text_is_kept_than_the_longest_run_reads(data, monkeypatch):
     )
 
 
+def test_a_ratio_keeps_no_more_text_than_the_longest_run_reads(data, monkeypatch):
+    monkeypatch.setattr(automatic, "MOST_STEPS", 2)
+    lines = "".join(f"row number {n}\n" for n in range(200))
+    (data / "long.tsv").write_text("sentence\n" + lines)
+    more = {"unlabeled__path": data / "long.tsv", "global_batch_size": 16}
+    # 90 labelled rows: the ratio is 180 rows, and a run of two steps reads 32
+    examples, notes = load(data, unlabeled__ratio=2, **more)
+    assert examples.unlabelled_rows == 32
+    assert "; 148 more left out: no run is that long" in notes[0]
+    few, notes = load(data, unlabeled__ratio=0.2, **more)
+    assert few.unlabelled_rows == 18
+    assert "left out" not in notes[0]
+
+
 def test_rows_of_later_chunks_are_named_by_their_place_in_the_file(data, monkeypatch):
     monkeypatch.setattr(unlabeled, "CHUNK", 4)
     rows = [{"sentence": text} for text in TEXTS[120:130]] + [{"sentence": None}]

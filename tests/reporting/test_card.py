@@ -58,6 +58,27 @@ def test_the_tables_hold_the_numbers_of_the_files(tmp_path):
     assert "selected on dev" not in card
 
 
+LEARNABLE = {
+    **{"metric": "accuracy", "rows": 90, "majority": 0.5, "finetuned": 0.8, "best_teacher": 0.85},
+    **{"best_name": "a", "ensemble": 0.9, "gap": 0.1, "interval": [0.02, 0.18], "verdict": "yes"},
+}
+
+
+def test_the_gap_that_is_kept_stands_on_the_card_and_so_does_that_there_is_none(tmp_path):
+    run = make_run(tmp_path / "run")
+    kept = {"finetuned": 0.8, "student": 0.85, "ensemble": 0.9, "share": 0.5}
+    none = {"finetuned": 0.8, "student": 0.75, "ensemble": 0.7}
+    splits = {"selection": kept, "validation": kept, "other": none}
+    write_json(run / "learnable.json", {**LEARNABLE, "splits": splits})
+    write_report(run)
+    card = (run / "README.md").read_text()
+    assert "Is there anything to learn: **yes**. The ensemble's gap over the fine-tuned" in card
+    between = "gap between fine-tuned student (0.8000) and ensemble"
+    assert f" On validation the student keeps 50% of the {between} (0.9000)." in card
+    assert f" On other there is no {between} (0.7000)." in card
+    assert "On selection" not in card
+
+
 @pytest.mark.parametrize("task", ["sst2", "multirc"])
 def test_the_deviation_of_sampling_is_given_where_rows_are_independent(tmp_path, task):
     run = make_run(tmp_path / "run")

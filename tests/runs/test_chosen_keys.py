@@ -1,5 +1,7 @@
 """What a run takes for keys that are left to it: told first in the log, kept in summary and card."""
 
+import re
+
 import torch
 from safetensors.torch import load_file
 from small import ALONE, read
@@ -60,6 +62,9 @@ def test_the_time_is_told_where_the_students_rate_is_known(distil, words, tmp_pa
     assert "2 steps (max_steps); about" in length
     assert rate.endswith("; WARNING: it is never reached: warmup_steps=5, and the run has 2 steps")
     assert "s of training, at the rate that `plan` measured here" in said(run)[0]
+    early = ("max_steps=2", "early_stopping_patience=1")
+    length = resolve_all(load_config(words(tmp_path / "run", *early)), ALONE)[1][-3]
+    assert re.search(r"not fallen for .*; at most about [\d.]+ s of training", length)
 
 
 def test_sead_with_one_teacher_says_that_it_is_single(distil, words, teachers, tmp_path):

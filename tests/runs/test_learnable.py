@@ -26,6 +26,7 @@ from sead_dist.runs.baseline import (
     compare_ensemble,
     fit,
     kept_shares,
+    learnable_line,
     second_ensemble,
     second_ensemble_line,
     share_lines,
@@ -78,9 +79,20 @@ def test_what_there_is_to_learn_is_the_ensembles_gap_over_the_fine_tuned_student
         TASK, selection, [0.8], ["a"], ensemble_BC, answers(labels_B, slice(1, 21))
     )
     assert alike.verdict == "cannot be told"
-    alone = compare_ensemble(TASK, selection, [0.8], ["a"], ensemble_BC, None)
-    assert alone.finetuned is None
-    assert alone.gap == pytest.approx(0.4)
+    assert learnable_line(alike).endswith(": cannot be told from so few rows")
+
+
+def test_a_gap_over_the_majority_baseline_alone_is_no_yes(selection):
+    ensemble_BC = answers(selection.labels_B, slice(20))
+    found = compare_ensemble(TASK, selection, [0.8], ["a"], ensemble_BC, None)
+    assert found.finetuned is None
+    assert found.gap == pytest.approx(0.4)
+    assert found.interval[0] > 0
+    assert found.verdict == "cannot be told"
+    assert learnable_line(found).endswith(": cannot be told without a fine-tuned student")
+    # teachers that are worse than one answer have nothing to teach, whatever the student does
+    worse_BC = answers(selection.labels_B, slice(140))
+    assert compare_ensemble(TASK, selection, [0.3], ["a"], worse_BC, None).verdict == "no"
 
 
 def test_a_share_is_told_where_there_is_a_gap(tmp_path):
@@ -186,8 +198,12 @@ def test_a_run_that_is_stopped_while_it_makes_its_baseline_goes_on_there(
 
 def test_a_baseline_that_would_take_long_is_not_made(distil, words, tmp_path):
     run = distil(words(tmp_path / "run", "max_steps=1"))
-    assert read(run / "learnable.json")["finetuned"] is None
+    record = read(run / "learnable.json")
+    assert (record["finetuned"], record["verdict"]) == (None, "cannot be told")
     log = (run / "log.txt").read_text()
+    without = "cannot be told without a fine-tuned student"
+    assert f"): {without}" in log
+    assert f"Is there anything to learn: **{without}**" in (run / "README.md").read_text()
     assert (
         "the run makes no fine-tuned student to compare with: its 200 steps are more than a fifth"
         in log

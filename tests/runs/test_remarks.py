@@ -98,6 +98,13 @@ def test_predictions_have_rows_names_probabilities_and_texts(tmp_path, task, tex
         (["teachers=[{path: a, weight: 2}]"], ["the weight of teacher a is not read: it is for"]),
         (["temperature=4", "alpha=0.1", "ensemble=fixed", "teachers=[{path: a, weight: 2}]"], []),
         (["augment.copies=null", "augment.gold_labels=true"], ["augment.gold_labels=True is not read: augment.copies is"]),
+        (["augment.operations=[mask]", "teachers=[]", "method=finetune"], ["augment.operations=['mask'] is not read: without teachers"]),
+        (["augment.operations=[mask]", "teachers=[{predictions: a.csv}]"], ["augment.operations=['mask'] is not read: files of"]),
+        (["augment.operations=[mask]"], []),
+        (["repair.steps=9", "repair.teacher=b"], ["repair.steps=9 is not read: there is no repair.text", "repair.teacher=b is not read"]),
+        (["student=b", "student.layers=[1]", "repair.steps=9", "repair.text=c"], []),
+        (["average_share=0.5", "final_checkpoint=best"], ["average_share=0.5 is not read: it is for final_checkpoint=average, not best"]),
+        (["average_share=0.5"], []),
         (["method=sead"], []),  # its own keys are nobody's mistake
         ([], []),
     ],

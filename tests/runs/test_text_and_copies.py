@@ -23,11 +23,13 @@ from small import (
 
 import sead_dist as sd
 from sead_dist.config.load import load_config
+from sead_dist.data import augmentation
 from sead_dist.errors import UserError
 from sead_dist.runs.checked_run import read_inputs
 from sead_dist.runs.distillation import distill, finetune
 from sead_dist.runs.pool_worker import teach
 from sead_dist.runs.shown import show_data
+from sead_dist.runtime.run_log import noted
 from sead_dist.sweep.grid import make_grid
 from sead_dist.training.engine import Engine
 from sead_dist.training.identity import Identity
@@ -150,6 +152,19 @@ def test_another_embedding_table_or_number_of_copies_is_another_run(task, whole,
     assert any("hash of the copies" in line for line in saved.differences(
         Identity(saved.config, saved.data, saved.teachers, saved.start, saved.rules, after.copies)
     ))  # fmt: skip
+
+
+def test_a_run_without_automatic_copies_says_why(task, tmp_path, monkeypatch):
+    given = given_words(task, tmp_path, augment__copies="auto")
+    assert examples_of(given).copied
+    monkeypatch.setattr(augmentation, "MOST_LABELLED", 35)
+    with noted() as notes:
+        assert not examples_of(given).copied
+    (line,) = [note for note in notes if note.startswith("copies: ")]
+    assert "the run has 36 labelled rows, and above 35 there are none" in line
+    with noted() as notes:
+        examples_of(given_words(task, tmp_path, augment__copies="null"))
+    assert not [note for note in notes if note.startswith("copies: ")]
 
 
 def test_no_row_of_text_and_no_copy_has_a_held_out_sentence(task, tmp_path):

@@ -272,6 +272,15 @@ def test_a_worker_that_ends_badly_is_told(tiny_data, tmp_path, monkeypatch):
         run_sweep(words(tiny_data, tmp_path / "out", "jobs=2"), ALONE)
 
 
+def test_runs_at_once_divide_the_threads(tiny_data, tmp_path, monkeypatch):
+    grid = make_grid(words(tiny_data, tmp_path / "out", "jobs=2"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, env, **__: env)
+    for threads, share in ((8, "4"), (5, "2"), (1, "1")):
+        monkeypatch.setattr("torch.get_num_threads", lambda count=threads: count)
+        found = sweep.start_worker(grid)
+        assert (found["OMP_NUM_THREADS"], found["MKL_NUM_THREADS"]) == (share, share)
+
+
 def test_several_runs_at_once_are_for_one_process_without_a_gpu(tiny_data, tmp_path):
     grid = make_grid(words(tiny_data, tmp_path / "out", "jobs=2"))
     with pytest.raises(UserError, match=r"jobs=2 is for one process .* has 2 ranks; leave"):
