@@ -59,13 +59,15 @@ class TaughtStep:
     """A step with its teachers' logits for each micro-batch.
 
     waited_s: the seconds spent on waiting for them. live: the teacher that also gives its hidden
-    states and attention in this step.
+    states and attention in this step. window: the steps for which the wait was, in the first of
+    them.
     """
 
     step: Step
     teachers: list[TeacherLogits] | None
     waited_s: float
     live: LiveTeacher | None = None
+    window: range | None = None
 
     def micro_batches(self) -> Iterator[tuple[Batch, TeacherLogits | None]]:
         """Each micro-batch with the outputs of its teachers.
@@ -152,5 +154,6 @@ def stream(
             step = batches.step(number)
             parts = [rows_of(answer, entries_R, batch.entries_B) for batch in step.batches]
             shows = live is not None and number < live.until
-            yield TaughtStep(step, parts, waited_s, live if shows else None)
+            window = steps if number == steps.start else None
+            yield TaughtStep(step, parts, waited_s, live if shows else None, window)
             waited_s = 0.0
