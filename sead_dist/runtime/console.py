@@ -122,8 +122,8 @@ class Bar:
         self._display = display
         self._task = task
 
-    def advance(self, n: int = 1) -> None:
-        """Count `n` more units as done."""
+    def advance(self, n: int = 1, left_s: float | None = None) -> None:
+        """Count `n` more units as done. left_s is unused: rich has its own estimate."""
         self._display.advance(self._task, n)
 
     def update(self, **shown: object) -> None:
@@ -133,8 +133,7 @@ class Bar:
 
 class Lines:
     """Progress as plain lines: one at each 10%, at most one a second, the first one after 30 s at
-    the latest, and always the last. A line before the end also gives the time for the rest at the
-    mean speed so far."""
+    the latest, and always the last. A line before the end also gives the time for the rest."""
 
     FIRST_S = 30.0
 
@@ -152,8 +151,9 @@ class Lines:
     def _tenths(self) -> int:
         return 10 * self._done // max(self._total, 1)
 
-    def advance(self, n: int = 1) -> None:
-        """Count `n` more units as done."""
+    def advance(self, n: int = 1, left_s: float | None = None) -> None:
+        """Count `n` more units as done. left_s: the time for the rest; None: as at the mean speed
+        so far."""
         self._done += n
         now = monotonic()
         finished = self._done - n < self._total <= self._done
@@ -162,8 +162,9 @@ class Lines:
             self._tenth, self._last, self._printed = self._tenths(), now, True
             percent = 100 * self._done // max(self._total, 1)
             line = f"{self._description}: {self._done}/{self._total} ({percent}%) {self._text}"
-            step_s = (now - self._began) / max(self._done - self._start, 1)
-            left_s = (self._total - self._done) * step_s
+            if left_s is None:
+                step_s = (now - self._began) / max(self._done - self._start, 1)
+                left_s = (self._total - self._done) * step_s
             self._put(line.rstrip() + (f" left={clock(left_s)}" if left_s > 0 else ""))
 
     def update(self, **shown: object) -> None:
@@ -181,8 +182,8 @@ class NotebookBar:
         # bars on standard error have a red ground, and standard output has nothing else
         self._bar = tqdm(desc=description, total=total, initial=done, file=sys.stdout)
 
-    def advance(self, n: int = 1) -> None:
-        """Count `n` more units as done."""
+    def advance(self, n: int = 1, left_s: float | None = None) -> None:
+        """Count `n` more units as done. left_s is unused: tqdm has its own estimate."""
         self._bar.update(n)
 
     def update(self, **shown: object) -> None:

@@ -48,13 +48,14 @@ class TaughtStep:
     """A step with its teachers' logits for each micro-batch.
 
     waited_s: the seconds spent on waiting for them. feature_teacher: set in steps that need its
-    hidden states and attention.
+    hidden states and attention. window: the steps for which the wait was, in the first of them.
     """
 
     step: Step
     teachers: list[TeacherLogits] | None
     waited_s: float
     feature_teacher: FeatureTeacher | None = None
+    window: range | None = None
 
     def micro_batches(self) -> Iterator[tuple[Batch, TeacherLogits | None]]:
         """Each micro-batch with the outputs of its teachers.
@@ -142,5 +143,6 @@ def stream(
             step = batches.step(number)
             parts = [rows_of(answer, entries_R, batch.entries_B) for batch in step.batches]
             shows = feature_teacher is not None and number < feature_teacher.until
-            yield TaughtStep(step, parts, waited_s, feature_teacher if shows else None)
+            window = steps if number == steps.start else None
+            yield TaughtStep(step, parts, waited_s, feature_teacher if shows else None, window)
             waited_s = 0.0

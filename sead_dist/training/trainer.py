@@ -85,7 +85,7 @@ class Trainer:
             self.feature_teacher,
         )
         tally = Tally(len(self.teacher_names))
-        clock = SaveClock()
+        clock, pace = SaveClock(), Pace(state.step, total, self.batches.steps_per_epoch)
         shown: dict[str, object] = {}
         self.engine.model.train()
         with self.log.progress("training", total, state.step) as bar:
@@ -98,6 +98,7 @@ class Trainer:
                 self.update(state.step + 1)
                 self.heartbeat.count_progress(f"training, after step {state.step + 1} of {total}")
                 spent_s = time.perf_counter() - began
+                pace.add(taught)
                 step = taught.step.number + 1
                 state = replace(state, step=step, cursor=taught.step.cursor_after).add(
                     rows=taught.step.valid_rows,
@@ -130,7 +131,7 @@ class Trainer:
                     self.heartbeat.count_progress(f"saving step {step}")
                     clock.save(partial(self.checkpointer.save, self.engine, state))
                 self.log.step_done(step, total)
-                bar.advance(1)
+                bar.advance(1, pace.left_s(step))
                 if stopping or over:
                     break
         if not self.is_over(state) and not self.checkpointer.holds(state.step):
@@ -346,3 +347,36 @@ class Tally:
         self.rows = 0
         self.seconds = 0.0
         self.waited_s = 0.0
+
+
+class Pace:
+    """The time for the rest of the steps, at the speed of this process.
+
+    A step takes the mean of those so far, scores and checkpoints included. Waits for teachers are
+    counted apart: the first epoch waits for predictions, and later epochs read most of them from
+    the store.
+    """
+
+    def __init__(self, start: int, total: int, epoch_steps: int) -> None:
+        self._start, self._began = start, time.monotonic()
+        # the first epoch's steps, and all others
+        border = max(start, min(epoch_steps, total))
+        self._ranges = [range(start, border), range(border, total)]
+        # of each, the seconds of waiting, and for how many of its steps
+        self._waited = [(0.0, 0), (0.0, 0)]
+
+    def add(self, taught: TaughtStep) -> None:
+        """Count the wait for a window. A window lies in one epoch."""
+        if taught.window is not None:
+            later = taught.window.start not in self._ranges[0]
+            seconds, steps = self._waited[later]
+            self._waited[later] = seconds + taught.waited_s, steps + len(taught.window)
+
+    def left_s(self, step: int) -> float:
+        """The seconds that are left after `step` steps."""
+        waited_s = sum(seconds for seconds, _ in self._waited)
+        worked_s = time.monotonic() - self._began - waited_s
+        left_s = worked_s / max(step - self._start, 1) * (self._ranges[1].stop - step)
+        for of, (seconds, steps) in zip(self._ranges, self._waited, strict=True):
+            left_s += seconds / max(steps, 1) * (len(of) - steps)
+        return left_s

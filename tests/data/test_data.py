@@ -107,6 +107,15 @@ def test_invariant_01_rows_that_fill_the_shape_reach_neither_teachers_nor_the_lo
                     check_fillers_count_nothing(batch, taught.step.valid_rows)
 
 
+def test_the_first_step_of_a_window_names_the_steps_that_its_wait_was_for():
+    batches = batches_of(small_split(21), 0, 1)
+    for depth in (0, 1):
+        taught_steps = list(stream(batches, Recorder(), 2, 9, depth, lambda *_: None))
+        windows = {one.step.number: one.window for one in taught_steps if one.window is not None}
+        assert windows == {steps.start: steps for steps in batches.windows(2, 9)}
+        assert [one.step.number for one in taught_steps if one.waited_s] == list(windows)
+
+
 def check_fillers_count_nothing(batch, valid_rows):
     generator = torch.Generator().manual_seed(0)
     logits_BC = torch.randn(len(batch.valid_B), 2, generator=generator)

@@ -239,6 +239,14 @@ def test_the_first_line_of_long_work_comes_after_half_a_minute(tmp_path, capsys,
     assert capsys.readouterr().out == "steps: 15/1000 (1%) left=32.8 min\n"
 
 
+def test_a_line_of_progress_has_the_time_left_that_the_caller_gives(tmp_path, capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 31))
+    monkeypatch.setattr(console, "monotonic", lambda: float(next(clock)))
+    with open_log(tmp_path, console=True).progress("steps", total=1000) as bar:
+        bar.advance(1, 100.0)
+    assert capsys.readouterr().out == "steps: 1/1000 (0%) left=100 s\n"
+
+
 def test_fast_work_without_a_terminal_says_only_that_it_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "monotonic", lambda: 0.0)
     with open_log(tmp_path, console=True).progress("validation", total=7) as bar:

@@ -20,11 +20,12 @@ from sead_dist.objectives.weightings import chosen_teacher
 from sead_dist.runtime.distributed import StopFlag
 from sead_dist.runtime.heartbeat import Heartbeat
 from sead_dist.runtime.run_log import RunLog
+from sead_dist.teachers.base import TaughtStep
 from sead_dist.training.checkpoint import Checkpointer, TrainState
 from sead_dist.training.engine import Engine
 from sead_dist.training.evaluation import EvalResult
 from sead_dist.training.identity import Identity
-from sead_dist.training.trainer import Trainer, is_better
+from sead_dist.training.trainer import Pace, Trainer, is_better
 
 
 def rates(**keys):
@@ -329,3 +330,30 @@ def test_of_equal_scores_the_student_with_the_lower_loss_is_kept():
     assert is_better(0.81, 9.0, best)
     assert not is_better(0.79, 0.1, best)
     assert is_better(0.1, 9.0, TrainState())
+
+
+def test_the_time_left_counts_the_waits_of_steps_to_come_only(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("sead_dist.training.trainer.time.monotonic", lambda: now[0])
+
+    def after(pace, step, seconds, window=None, waited_s=0.0):
+        now[0] += seconds + waited_s
+        pace.add(TaughtStep(SimpleNamespace(number=step - 1), None, waited_s, None, window))
+        return pace.left_s(step)
+
+    # three epochs of 20 steps; teachers compute ten steps at once in 50 s, a step takes 2 s
+    pace = Pace(0, 60, 20)
+    assert after(pace, 1, 2.0, range(10), 50.0) == pytest.approx(59 * 2 + 50)
+    assert after(pace, 2, 2.0) == pytest.approx(58 * 2 + 50)
+    for step in range(3, 11):
+        after(pace, step, 2.0)
+    assert after(pace, 11, 2.0, range(10, 20), 70.0) == pytest.approx(49 * 2)
+    for step in range(12, 21):
+        after(pace, step, 2.0)
+    # the store is read in the second epoch
+    assert after(pace, 21, 2.0, range(20, 30), 1.0) == pytest.approx(39 * 2 + 3)
+    # a resume in the middle of the first epoch, and one in a later epoch
+    assert after(Pace(15, 60, 20), 16, 2.0, range(15, 20), 5.0) == pytest.approx(44 * 2)
+    assert after(Pace(40, 60, 20), 41, 2.0, range(40, 50), 10.0) == pytest.approx(19 * 2 + 10)
+    # no teachers, and fewer steps than an epoch
+    assert after(Pace(0, 5, 20), 1, 2.0) == pytest.approx(4 * 2)
