@@ -23,6 +23,7 @@ from sead_dist.data.text_files import (
     is_array,
     json_stream,
     kind_of,
+    readable,
     reject_twins,
     rows_of_text,
     tsv_stream,
@@ -70,7 +71,7 @@ def split_chunks(
             chunks = iter([[row for chunk in chunks for row in chunk]])
     read = 0
     for chunk in chunks:
-        read += len(chunk)
+        read += len(readable(chunk))
         yield chunk
     if not read:
         raise UserError(f"the {split} split has no rows in {source}; give a file that has some")
@@ -143,8 +144,8 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool | None = None) ->
     """The rows of one file (or of a folder that `datasets.save_to_disk` wrote).
 
     `task` says which columns a TSV without a header has. skip_malformed: whether lines that cannot
-    be read are skipped; None where no key could ask for it. Raises UserError naming file and
-    line.
+    be read are skipped; MALFORMED stands for each. None where no key could ask for it. Raises
+    UserError naming file and line.
     """
     kind = kind_of(path)
     with _reading_data(path, kind):

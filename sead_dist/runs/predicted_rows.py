@@ -24,7 +24,7 @@ from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.formats import read_items
 from sead_dist.data.loading import Rows, read_bytes, read_rows
 from sead_dist.data.tasks import TaskSpec
-from sead_dist.data.text_files import TEXT_KINDS, kind_of, rows_of_text
+from sead_dist.data.text_files import TEXT_KINDS, kind_of, readable, rows_of_text
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.prediction import load_answerer, task_of, tell_cuts
 from sead_dist.runtime.console import PipedConsole, counted, shown_progress
@@ -63,14 +63,14 @@ class Settings:
 
         Raises UserError where there are no rows. For a row that cannot be read, it names the row.
         """
-        if not rows:
+        if not readable(rows):
             raise UserError(f"{name} has no rows; give at least one")
         skipped = self.skipped if self.skip_malformed else None
         try:
             return build_examples(task, rows, name, labelled=False, skipped=skipped)
         except UserError as error:
-            readable = read_items(task, rows, name, labelled=False, skipped=[])
-            if skipped is None and next(readable, None) is not None:
+            others = read_items(task, rows, name, labelled=False, skipped=[])
+            if skipped is None and next(others, None) is not None:
                 raise UserError(
                     f"{error}; correct the row, or skip such rows (--skip-malformed, in Python: "
                     "skip_malformed=True)"

@@ -154,6 +154,14 @@ def test_a_call_from_python_answers_none_for_a_skipped_row(finished):
         sd.predict(finished, rows, batch_size=0)
 
 
+def test_a_call_from_python_answers_none_for_a_malformed_line(finished, tmp_path):
+    file = tmp_path / "in.csv"
+    file.write_text("id,sentence\n1,good\n2\n3,bad\n")
+    found = sd.predict(finished, file, skip_malformed=True)
+    assert [answer is None for answer in found] == [False, True, False]
+    assert found[2] == sd.predict(finished, ["bad"])[0]
+
+
 def test_the_pipeline_of_the_card_says_what_predict_says_of_long_texts(finished):
     card = (finished / "README.md").read_text("utf-8")
     assert 'model="PATH_OR_ID_OF_THIS_MODEL", truncation=True)' in card
