@@ -154,6 +154,13 @@ def _check_texts(task: TaskSpec, flat: Row, where: str) -> None:
             if name in flat:
                 raise UserError(f"{where}: column {name!r} holds {flat[name]!r}; expected text")
             raise UserError(_no_column(name, flat, where, _task_key(task, "text_a")))
+        try:
+            flat[name].encode()
+        except UnicodeEncodeError as error:  # files cannot hold it, texts from Python can
+            raise UserError(
+                f"{where}: column {name!r} holds {flat[name][:60]!r}, with half of a surrogate "
+                f"pair at {error.start}; expected Unicode text; remove it"
+            ) from error
     for key, text in (("text_a", task.text_a), ("text_b", task.text_b)):
         if text in flat:
             raise UserError(

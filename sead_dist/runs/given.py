@@ -292,7 +292,7 @@ def as_rows(spec: TaskSpec, given: Any, name: str, skip_malformed: bool | None =
     if is_path(given):
         return read_rows(Path(os.fspath(given)), spec, skip_malformed)
     if are_texts(given):
-        return text_rows(given, spec)
+        return text_rows(given, spec, skip_malformed)
     return to_rows(given, spec, name, SPLITS_OR_ROWS if name == "data" else TEXTS_OR_ROWS)
 
 
