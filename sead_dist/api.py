@@ -156,7 +156,7 @@ def distill(
         from_main(world, lambda: stack.enter_context(asked.keeping(holds_run)))
         stop = StopFlag(second=signal.default_int_handler)
         folder = distillation.distill(asked.config, world, stop=stop, console=False)
-        return ended(Run(folder), stop, world)
+        return ended([Run(folder)], stop, world)[0]
 
 
 def finetune(
@@ -176,18 +176,22 @@ def finetune(
         from_main(world, lambda: stack.enter_context(asked.keeping(check)))
         stop = StopFlag(second=signal.default_int_handler)
         folders = distillation.finetune(asked.config, world, stop=stop, console=False)
-        return [ended(Run(folder), stop, world) for folder in folders]
+        return ended([Run(folder) for folder in folders], stop, world)
 
 
-def ended(run: Run, stop: StopFlag, world: World) -> Run:
-    """The run, where it is finished. Raises KeyboardInterrupt or RunError where it was stopped."""
-    if from_main(world, lambda: run.finished):
-        return run
+def ended(runs: list[Run], stop: StopFlag, world: World) -> list[Run]:
+    """The runs, where they are finished. Raises KeyboardInterrupt or RunError where a stop was
+    requested, also while the last report was written: the script may go on with other work."""
+    left = from_main(world, lambda: next((run for run in runs if not run.finished), None))
+    if left is None and not stop.agreed(world):
+        return runs
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
-    raise RunError(
-        f"{run.path} was stopped and is saved; repeat the call that started it to continue"
-    )
+    if left is None:
+        line = f"a stop was requested at the end of {runs[-1].path}; the run is finished; "
+        raise RunError(line + "repeat the call to get it")
+    line = f"{left.path} was stopped and is saved; "
+    raise RunError(line + "repeat the call that started it to continue")
 
 
 def evaluate(

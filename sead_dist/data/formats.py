@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from sead_dist.data.kinds import normalise_label, number_name
 from sead_dist.data.metrics import Answer
 from sead_dist.data.tasks import TASKS, TaskSpec
+from sead_dist.data.text_files import MALFORMED, readable
 from sead_dist.errors import UserError, reason
 from sead_dist.runtime.console import counted
 
@@ -74,7 +75,8 @@ def read_items(
     texts_b = [_template(text) for text in second]
     read = READERS[task.reader]
     parse = task.task_kind.label_parser(task)
-    for position, row in enumerate(rows, start):
+    numbered = ((n, row) for n, row in enumerate(rows, start) if row is not MALFORMED)
+    for position, row in numbered:
         where = f"{split} row {position + 1}"
         if task.renames:
             row = _renamed(task, row, where)
@@ -92,7 +94,7 @@ def read_items(
                 try:
                     label = parse(_label(task, flat, where), where)
                 except UserError as error:
-                    raise _explained(task, rows, flat, error) from None
+                    raise _explained(task, readable(rows), flat, error) from None
             yield Item(
                 (text_a(flat),) * (len(task.choices) or 1),
                 tuple(text(flat) for text in texts_b),
@@ -152,6 +154,13 @@ def _check_texts(task: TaskSpec, flat: Row, where: str) -> None:
             if name in flat:
                 raise UserError(f"{where}: column {name!r} holds {flat[name]!r}; expected text")
             raise UserError(_no_column(name, flat, where, _task_key(task, "text_a")))
+        try:
+            flat[name].encode()
+        except UnicodeEncodeError as error:  # files cannot hold it, texts from Python can
+            raise UserError(
+                f"{where}: column {name!r} holds {flat[name][:60]!r}, with half of a surrogate "
+                f"pair at {error.start}; expected Unicode text; remove it"
+            ) from error
     for key, text in (("text_a", task.text_a), ("text_b", task.text_b)):
         if text in flat:
             raise UserError(

@@ -23,6 +23,7 @@ from sead_dist.data.text_files import (
     is_array,
     json_stream,
     kind_of,
+    readable,
     reject_twins,
     rows_of_text,
     tsv_stream,
@@ -38,6 +39,8 @@ SPLITS_OR_ROWS = (
     "a folder, a file, a pandas DataFrame, a datasets.Dataset, a list of rows, or a dict of splits "
     "of these"
 )
+# what pyarrow raises for values that it cannot hold; OverflowError: a whole number beyond 64 bits
+NOT_ARROW = (pa.ArrowException, TypeError, ValueError, OverflowError)
 TEXTS_OR_ROWS = "a file, a pandas DataFrame, a datasets.Dataset, or a list of texts or rows"
 
 
@@ -70,7 +73,7 @@ def split_chunks(
             chunks = iter([[row for chunk in chunks for row in chunk]])
     read = 0
     for chunk in chunks:
-        read += len(chunk)
+        read += len(readable(chunk))
         yield chunk
     if not read:
         raise UserError(f"the {split} split has no rows in {source}; give a file that has some")
@@ -143,8 +146,8 @@ def read_rows(path: Path, task: TaskSpec, skip_malformed: bool | None = None) ->
     """The rows of one file (or of a folder that `datasets.save_to_disk` wrote).
 
     `task` says which columns a TSV without a header has. skip_malformed: whether lines that cannot
-    be read are skipped; None where no key could set it. Raises UserError naming file and
-    line.
+    be read are skipped; MALFORMED stands for each. None where no key can set it. Raises UserError
+    naming file and line.
     """
     kind = kind_of(path)
     with _reading_data(path, kind):
@@ -341,11 +344,22 @@ def to_table(data: Any, where: str, allowed: str = SPLITS_OR_ROWS) -> pa.Table:
         if isinstance(data, Sequence) and all(isinstance(row, Mapping) for row in data):
             rows = [{str(name): value for name, value in row.items()} for row in data]
             names = dict.fromkeys(name for row in rows for name in row)
-            return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
-    except (pa.ArrowException, TypeError, ValueError) as error:
+            return pa.table(
+                {name: _column(name, [row.get(name) for row in rows]) for name in names}
+            )
+    except NOT_ARROW as error:
         line = " ".join(str(error).split())
         raise UserError(f"{where} cannot be a table: {line}; give columns of one type") from error
     raise UserError(f"{where} is of type {type_of(data)}; give {allowed}")
+
+
+def _column(name: str, values: Sequence[Any]) -> pa.Array:
+    """A column of an Arrow table. Raises ValueError, with the column's name, for values that Arrow
+    cannot hold."""
+    try:
+        return pa.array(values)
+    except NOT_ARROW as error:
+        raise ValueError(f"column {name!r}: {error}") from error
 
 
 def to_rows(data: Any, task: TaskSpec, where: str, allowed: str = SPLITS_OR_ROWS) -> Rows:
@@ -353,14 +367,18 @@ def to_rows(data: Any, task: TaskSpec, where: str, allowed: str = SPLITS_OR_ROWS
     return table_rows(to_table(data, where, allowed), task, where)
 
 
-def text_rows(texts: Sequence[Any], task: TaskSpec) -> Rows:
+def text_rows(texts: Sequence[Any], task: TaskSpec, skip_malformed: bool | None = None) -> Rows:
     """Rows of bare texts: a text each, or where the task reads several columns a tuple of them, in
-    the order of `task.fields`. Raises UserError where they do not fit the task."""
+    the order of `task.fields`. Raises UserError where they do not fit the task. With
+    `skip_malformed` what is no text is the value of each column, which `read_items` skips."""
     columns = ", ".join(task.fields)
     if task.reader != "plain":
         raise UserError(f"task {task.name!r} reads nested rows; give rows, as its files have them")
     rows: Rows = []
     for number, given in enumerate(texts, 1):
+        if skip_malformed and not isinstance(given, str | tuple | list):
+            rows.append(dict.fromkeys(task.fields, given))
+            continue
         expect(f"text {number}", given, str | tuple | list, f"texts of the columns {columns}")
         parts = (given,) if isinstance(given, str) else given
         if len(parts) != len(task.fields):

@@ -46,6 +46,11 @@ def log_of(probabilities_C: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(np.maximum(probabilities_C, LEAST)), np.float32)
 
 
+def is_finite(value: float) -> bool:
+    """Whether a value is a finite float32, as logits and scores are: not NaN, and not 1e39."""
+    return abs(value) <= float(np.finfo(np.float32).max)
+
+
 def counts(found: Counter[str]) -> str:
     """Labels with their counts, the commonest eight, for a message."""
     listed = ", ".join(f"{name[:40]!r} {count}" for name, count in found.most_common(8))
@@ -75,7 +80,7 @@ def class_values(sheet: Sheet, kind: str) -> list[np.ndarray | None]:
         values_C = np.array([score_of(cell) for cell in cells])
         for column, cell, value in zip(ordered, cells, values_C, strict=True):
             # a probability of 0 has the logarithm -inf
-            if not (math.isfinite(value) or (value == -math.inf and kind != "logits")):
+            if not (is_finite(value) or (value == -math.inf and kind != "logits")):
                 raise UserError(
                     f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; "
                     "correct it, or declare it as no prediction (abstain)"
@@ -222,14 +227,16 @@ def votes(sheet: Sheet, keys: Sequence[Any]) -> Iterator[Answer]:
     """One answer for each key, by the labels that its annotators or samples gave."""
     column = answer_column(sheet, LABEL_COLUMNS)
     who = find_column(sheet, sheet.entry.annotator, "annotator", ANNOTATOR_COLUMNS)
-    given: dict[Any, dict[Any, int]] = {}
+    given: dict[Any, dict[int | str, int]] = {}
     first: dict[Any, int] = {}
     rows_of: dict[Any, int] = {}
     for number, (key, row) in enumerate(zip(keys, sheet.rows, strict=True), 1):
         index = one_label(sheet, number, column, row.get(column))
         if index is None:
             continue
-        by = number if who is None else str(row.get(who))
+        named = None if who is None else row.get(who)
+        # a vote without a name is a vote of its own
+        by = number if named is None or named != named or not str(named).strip() else str(named)
         before = given.setdefault(key, {}).setdefault(by, index)
         if before != index:
             raise UserError(
@@ -248,21 +255,28 @@ def votes(sheet: Sheet, keys: Sequence[Any]) -> Iterator[Answer]:
 
 
 def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
-    """Logits of each row by a list of labels with their probabilities. The other classes share what
-    is missing of 1."""
+    """Logits of each row by a list of labels with their probabilities, or with logarithms of them
+    where no value of the file is above 0. The other classes share what is missing of 1."""
     column = answer_column(sheet, LABEL_COLUMNS)
     missing: list[float] = []
-    for number, row in enumerate(sheet.rows, 1):
-        cell = row.get(column)
-        if sheet.count_unanswered(cell):
+    cells = [row.get(column) for row in sheet.rows]
+    read = [
+        None if sheet.count_unanswered(cell) else top_pairs(sheet, number, column, cell)
+        for number, cell in enumerate(cells, 1)
+    ]
+    logarithms = all(value <= 0 for pairs in read for _, value in pairs or ())
+    for number, (cell, pairs) in enumerate(zip(cells, read, strict=True), 1):
+        if pairs is None:
             yield None
             continue
+        if not logarithms and any(value < 0 for _, value in pairs):
+            raise not_top_labels(sheet, number, column, cell)
         p_C = np.zeros(len(sheet.task.labels))
         named = np.zeros(len(p_C), bool)
-        for label, value in top_pairs(sheet, number, column, cell):
+        for label, value in pairs:
             index = sheet.label_index(label)
             if index is not None:
-                p_C[index] += value
+                p_C[index] += math.exp(value) if logarithms else value
                 named[index] = True
         total = float(p_C.sum())
         if total > 1 + TOLERANCE:
@@ -281,23 +295,26 @@ def top_labels(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
 
 
 def top_pairs(sheet: Sheet, number: int, column: str, cell: Any) -> list[tuple[str, float]]:
-    """(label, probability) pairs of a cell that holds {label: p}, [[label, p]], or
-    [{label: .., probability: ..}], as such or as JSON. Values that are all at or below 0 are
-    logarithms."""
+    """(label, probability or its logarithm) pairs of a cell that holds {label: p}, [[label, p]], or
+    [{label: .., probability: ..}], as such or as JSON."""
     try:
         given = json.loads(cell) if isinstance(cell, str) else cell
         held = list(given.items()) if isinstance(given, dict) else [_pair(one) for one in given]
         pairs = [(str(label), score_of(value)) for label, value in held if value is not None]
     except (TypeError, ValueError, StopIteration):
         pairs = []
-    if pairs and all(value <= 0 for _, value in pairs):
-        pairs = [(label, math.exp(value)) for label, value in pairs]
-    if not pairs or not all(0 <= value <= 1 for _, value in pairs):
-        raise UserError(
-            f"{sheet.at(number)}: column {column!r} holds {str(cell)[:60]!r}; expected labels with "
-            'their probabilities: {"LABEL": 0.9, ...} or [["LABEL", 0.9], ...]; correct the row'
-        )
+    # a logarithm of 0 is -inf
+    if not pairs or not all(value <= 1 for _, value in pairs):
+        raise not_top_labels(sheet, number, column, cell)
     return pairs
+
+
+def not_top_labels(sheet: Sheet, number: int, column: str, cell: Any) -> UserError:
+    """The error for a cell that is no list of labels with their probabilities."""
+    return UserError(
+        f"{sheet.at(number)}: column {column!r} holds {str(cell)[:60]!r}; expected labels with "
+        'their probabilities: {"LABEL": 0.9, ...} or [["LABEL", 0.9], ...]; correct the row'
+    )
 
 
 def _pair(one: Any) -> tuple[Any, Any]:
@@ -317,7 +334,7 @@ def scores(sheet: Sheet, notes: list[str]) -> Iterator[np.ndarray | None]:
             yield None
             continue
         value = score_of(cell)
-        if not math.isfinite(value):
+        if not is_finite(value):
             raise UserError(
                 f"{sheet.at(number)}: column {column!r} holds {cell!r}; expected a number; correct "
                 "it, or declare it as no prediction (abstain)"

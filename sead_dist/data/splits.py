@@ -31,6 +31,7 @@ from sead_dist.data.formats import Route
 from sead_dist.data.loading import find_files, naming_source, source_of, split_chunks
 from sead_dist.data.order import Split
 from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.text_files import readable
 from sead_dist.data.tokens import adds_tokens, describe_cuts, tokenless_row
 from sead_dist.data.unlabeled import UnlabelledText, chunk_size, gather_text
 from sead_dist.errors import UserError
@@ -143,7 +144,8 @@ def _read_split(
         labels = None if may_lack else True
         with naming_source(source_of(task, split, path, file)):
             try:
-                parts.append(build_examples(task, rows, split, labels, route, first=read))
+                if readable(rows):
+                    parts.append(build_examples(task, rows, split, labels, route, first=read))
             except UserError:
                 # the message may count rows with this mistake: some later chunks are searched too
                 with suppress(UserError):

@@ -24,7 +24,14 @@ TEXT_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 _SKIP_HINT = (
     "fix the line, or skip such lines with data.skip_malformed=true (predict: --skip-malformed)"
 )
+# stands for a row that was skipped, so that later rows keep their numbers
+MALFORMED: Row = {}
 _log = logging.getLogger(__name__)
+
+
+def readable(rows: Iterable[Row]) -> list[Row]:
+    """The rows that were not skipped."""
+    return [row for row in rows if row is not MALFORMED]
 
 
 def _fix(skip_malformed: bool | None) -> str:
@@ -52,7 +59,7 @@ def is_array(path: Path) -> bool:
 
 def tsv_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Row]:
     """The rows of a TSV file, one at a time. Raises UserError for a line that cannot be read. With
-    `skip_malformed` such lines are skipped."""
+    `skip_malformed` MALFORMED stands for such a line."""
 
     def lines() -> Iterator[list[str]]:
         # each check of the whole file reads it once more
@@ -70,8 +77,8 @@ def json_stream(path: Path, task: TaskSpec, skip_malformed: bool) -> Iterator[Ro
 def rows_of_text(
     content: bytes, path: Path, kind: str, task: TaskSpec, skip_malformed: bool | None
 ) -> list[Row]:
-    """The rows of a text file's bytes. kind: one of TEXT_KINDS. path: the file's name, for
-    messages. skip_malformed: None where no key can set it."""
+    """The rows of a text file's bytes, and errors, as of `tsv_stream`. kind: one of TEXT_KINDS.
+    path: the file's name, for messages. skip_malformed: None where no key can set it."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -123,7 +130,7 @@ def _json_lines(lines: Iterable[str], path: Path, skip_malformed: bool | None) -
                 if not skip_malformed:
                     raise
                 skipped.append(number)
-                continue
+                row = MALFORMED
             yield row
     _log_skipped(path, skipped)
 
@@ -290,6 +297,7 @@ def _records(
             yield dict(zip(header, fields, strict=True))
         elif skip_malformed:
             skipped.append(number)
+            yield MALFORMED
         else:
             raise UserError(
                 f"{path}:{number}: {counted(len(fields), 'field')} where {len(header)} are "

@@ -24,6 +24,7 @@ from sead_dist.data.examples import (
 from sead_dist.data.formats import Route
 from sead_dist.data.loading import naming_source, row_chunks
 from sead_dist.data.tasks import TaskSpec
+from sead_dist.data.text_files import readable
 from sead_dist.errors import UserError
 from sead_dist.runtime.console import counted
 
@@ -116,11 +117,15 @@ def text_of_file(
     kept, drawn by `sample`."""
     path, seed = Path(config.unlabeled.path or ""), config.selection.seed
     parts: list[ExampleSet] = []
-    read = removed = 0
+    place = read = removed = 0
     for rows in row_chunks(path, task, config.data.skip_malformed, chunk_size(task)):
+        place += len(rows)
+        if not (count := len(readable(rows))):
+            continue
         with naming_source(f"unlabeled.path={path}"):
-            part = build_examples(task, rows, "unlabelled text", False, route, first=read)
-        read += len(rows)
+            first = place - len(rows)
+            part = build_examples(task, rows, "unlabelled text", False, route, first)
+        read += count
         shared_B = shares_sentence(part, known)
         removed += int(shared_B.sum())
         parts.append(subset(part, ~shared_B))

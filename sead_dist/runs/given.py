@@ -33,6 +33,7 @@ from sead_dist.data.loading import (
 )
 from sead_dist.data.splits import is_one_file
 from sead_dist.data.tasks import TaskSpec, load_task, task_from
+from sead_dist.data.text_files import readable
 from sead_dist.errors import UserError, expect
 from sead_dist.runs.claim import KEPT_DATA, has_progress, locked, try_lock
 from sead_dist.runs.prediction import read_class_order, wanted_splits
@@ -259,7 +260,7 @@ def data_layer(
 def split_table(split: str, part: Data, spec: TaskSpec, skip_malformed: bool) -> pa.Table:
     """One split's rows, from a file or from memory."""
     if is_path(part):
-        part = read_rows(Path(os.fspath(part)), spec, skip_malformed)
+        part = readable(read_rows(Path(os.fspath(part)), spec, skip_malformed))
     return to_table(part, f"data[{split!r}]")
 
 
@@ -291,7 +292,7 @@ def as_rows(spec: TaskSpec, given: Any, name: str, skip_malformed: bool | None =
     if is_path(given):
         return read_rows(Path(os.fspath(given)), spec, skip_malformed)
     if are_texts(given):
-        return text_rows(given, spec)
+        return text_rows(given, spec, skip_malformed)
     return to_rows(given, spec, name, SPLITS_OR_ROWS if name == "data" else TEXTS_OR_ROWS)
 
 

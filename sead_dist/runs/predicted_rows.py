@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from sead_dist.config.sections import Labels
 from sead_dist.data.examples import ExampleSet, build_examples
 from sead_dist.data.formats import read_items
-from sead_dist.data.loading import Rows, read_bytes, read_rows
+from sead_dist.data.loading import NOT_ARROW, Rows, read_bytes, read_rows
 from sead_dist.data.tasks import TaskSpec
-from sead_dist.data.text_files import TEXT_KINDS, kind_of, rows_of_text
+from sead_dist.data.text_files import TEXT_KINDS, kind_of, readable, rows_of_text
 from sead_dist.errors import RunError, UserError
 from sead_dist.runs.prediction import load_answerer, task_of, tell_cuts
 from sead_dist.runtime.console import PipedConsole, counted, shown_progress
@@ -63,14 +63,14 @@ class Settings:
 
         Raises UserError where there are no rows. For a row that cannot be read, it names the row.
         """
-        if not rows:
+        if not readable(rows):
             raise UserError(f"{name} has no rows; give at least one")
         skipped = self.skipped if self.skip_malformed else None
         try:
             return build_examples(task, rows, name, labelled=False, skipped=skipped)
         except UserError as error:
-            readable = read_items(task, rows, name, labelled=False, skipped=[])
-            if skipped is None and next(readable, None) is not None:
+            others = read_items(task, rows, name, labelled=False, skipped=[])
+            if skipped is None and next(others, None) is not None:
                 raise UserError(
                     f"{error}; correct the row, or skip such rows (--skip-malformed, in Python: "
                     "skip_malformed=True)"
@@ -131,6 +131,8 @@ def predict_file(
             raise UserError(f"{file} has a column {clash[0]!r} already; rename it")
         if written == ".tsv":
             check_no_tabs(columns, output)
+        elif written == ".parquet":
+            as_arrow(columns, output)
         columns |= answer_examples(name, task, examples, settings, world)
         if output != STANDARD:
             from_main(world, lambda: write_table(columns, output, written))
@@ -276,6 +278,21 @@ def as_text(value: Any) -> str:
     return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
 
 
+def as_arrow(columns: Mapping[str, Sequence[Any]], output: Path) -> pa.Table:
+    """The columns as a table for a Parquet file. Raises UserError for values that it cannot
+    hold."""
+    arrays = {}
+    for name, values in columns.items():
+        try:
+            arrays[name] = pa.array(list(values))
+        except NOT_ARROW as error:
+            line = str(error).splitlines()[0]
+            raise UserError(
+                f"--output {output}: column {name!r}: {line}; give a .jsonl file instead"
+            ) from None
+    return pa.table(arrays)
+
+
 def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -> None:
     """Write the columns as a file of this kind, and log it. The file appears whole or not at all.
 
@@ -285,7 +302,7 @@ def write_table(columns: Mapping[str, Sequence[Any]], output: Path, kind: str) -
     try:
         with written_for_person(output) as aside:
             if kind == ".parquet":
-                pq.write_table(pa.table({k: pa.array(list(v)) for k, v in columns.items()}), aside)
+                pq.write_table(as_arrow(columns, output), aside)
             else:
                 text = as_lines(rows, list(columns), kind)
                 aside.write_text(text, encoding="utf-8", newline="")

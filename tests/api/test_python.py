@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers.utils import logging as transformers_logging
 
 import sead_dist as sd
+from sead_dist.runs import results
 
 ROOT = Path(__file__).parents[2]
 
@@ -362,6 +363,28 @@ def test_ctrl_c_saves_and_the_same_call_or_its_recorded_line_goes_on(
     assert model_bytes(again) == model_bytes(made)
 
 
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, sd.RunError)]
+)
+def test_a_signal_while_the_report_is_written_is_not_lost(
+    number, error, own, frames, keys, tmp_path, monkeypatch
+):
+    written = results.write_report
+
+    def interrupted(folder):
+        written(folder)
+        os.kill(os.getpid(), number)
+
+    asked = {"data": frames, "output_dir": tmp_path / "run", **keys, "max_steps": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "write_report", interrupted)
+        with pytest.raises(error) as raised:
+            sd.distill(own, **asked)
+    if error is sd.RunError:
+        assert "the run is finished; repeat the call to get it" in str(raised.value)
+    assert sd.distill(own, **asked).finished
+
+
 def test_a_call_from_a_thread_works(own, frames, keys, tmp_path):
     """Signals are the main thread's."""
     found = []
@@ -401,6 +424,7 @@ RANKS = """
 import sys
 import pandas as pd
 import sead_dist as sd
+from sead_dist.runs import results
 folder, output, *teachers = sys.argv[1:]
 frames = {n: pd.read_csv(f"{folder}/{n}.tsv", sep="\\t") for n in ("train", "validation")}
 keys = dict(student=f"{folder}/shape.yaml", learning_rate=5e-3, max_steps=3, teacher_validation="off")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from rows import load_split
 
+from sead_dist.config.load import load_config
+from sead_dist.config.schema import DataConfig
 from sead_dist.data.examples import build_examples, count_overlap
 from sead_dist.data.loading import read_rows
+from sead_dist.data.splits import load_official
 from sead_dist.data.tasks import TASKS, TaskSpec
+from sead_dist.data.text_files import readable
+from sead_dist.data.unlabeled import text_of_file
 from sead_dist.errors import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -161,11 +167,49 @@ def test_malformed_line_is_named_or_skipped(tmp_path, caplog):
     message = r"train.tsv:3: 1 field where 2 are expected .*data.skip_malformed=true"
     with pytest.raises(UserError, match=message):
         read_rows(path, SST2, skip_malformed=False)
-    assert [row["sentence"] for row in read_rows(path, SST2, skip_malformed=True)] == [
-        "good",
-        "bad",
-    ]
+    rows = read_rows(path, SST2, skip_malformed=True)
+    assert [row["sentence"] for row in readable(rows)] == ["good", "bad"]
     assert "skipped 1 malformed line:" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.tsv", "sentence\tlabel\nx\ngood\t1\nx\nbad\t0\nx\n"),
+        ("train.csv", "sentence,label\nx\ngood,1\nx\nbad,0\nx\n"),
+        ("train.jsonl", '{"sentence"\n{"sentence": "good", "label": 1}\n[]\n{"sentence": "bad", "label": 0}\n{\n'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("chunk", [1, 2, 9])
+def test_rows_after_a_skipped_line_keep_their_numbers(tmp_path, name, text, chunk, monkeypatch):
+    (tmp_path / name).write_text(text)
+    shutil.copy(tmp_path / name, tmp_path / name.replace("train", "dev"))
+    for module in ("splits", "unlabeled"):
+        monkeypatch.setattr(f"sead_dist.data.{module}.chunk_size", lambda task: chunk)
+    data = DataConfig(path=str(tmp_path), skip_malformed=True)
+    assert load_official(SST2, data, "validation").rows_B.tolist() == [1, 3]
+    keys = [f"data.path={tmp_path}", f"unlabeled.path={tmp_path / name}", "output_dir=o"]
+    config = load_config(["sst2", *keys, "data.skip_malformed=true", "teachers=[a]", "student=b"])
+    found, read, _ = text_of_file(config, SST2, np.zeros(0, np.int64), 9, None)
+    assert (found.rows_B.tolist(), read) == ([1, 3], 2)
+    # a label outside the set: skipped lines are not among the rows that the error counts
+    broken = (
+        text.replace('"label": 1', '"label": 7')
+        .replace("good\t1", "good\t7")
+        .replace("good,1", "good,7")
+    )
+    (tmp_path / name.replace("train", "dev")).write_text(broken)
+    with pytest.raises(UserError, match=r"validation row 2: label '?7'?"):
+        load_official(SST2, data, "validation")
+
+
+@pytest.mark.parametrize("chunk", [1, 9])
+def test_a_file_of_malformed_lines_has_no_rows(tmp_path, chunk, monkeypatch):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\nx\ny\n")
+    monkeypatch.setattr("sead_dist.data.splits.chunk_size", lambda task: chunk)
+    with pytest.raises(UserError, match=r"the validation split has no rows in .*dev.tsv"):
+        load_official(SST2, DataConfig(path=str(tmp_path), skip_malformed=True), "validation")
 
 
 def test_malformed_first_line_of_a_file_without_header(tmp_path):
@@ -173,7 +217,8 @@ def test_malformed_first_line_of_a_file_without_header(tmp_path):
     path.write_text("1\t2\t3\tis it?\tis it so? 0\n4\t5\t6\ta?\tb?\t1\n")
     with pytest.raises(UserError, match=r"train.tsv:1: 5 fields where 6"):
         read_rows(path, TASKS["qqp"])
-    assert [row["label"] for row in read_rows(path, TASKS["qqp"], skip_malformed=True)] == ["1"]
+    rows = read_rows(path, TASKS["qqp"], skip_malformed=True)
+    assert [row["label"] for row in readable(rows)] == ["1"]
 
 
 def test_renamed_column_in_a_header_is_missing_not_data(tmp_path):

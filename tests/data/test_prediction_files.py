@@ -67,6 +67,9 @@ CSV = {
         f'sentence,label\na,"[{{""token"": ""positive"", ""logprob"": {math.log(0.8)}}}]"\n'
         f'b,"{{""negative"": {math.log(0.9)}}}"\n', {"kind": "top_k"},
     ),
+    "the most probable labels, some of probability 0": (
+        'sentence,label\na,"{""negative"": 0.2}"\nb,"{""negative"": 0.9}"\nc,"{""positive"": 0.0}"\n', {"kind": "top_k"},
+    ),
     "rows that are twice there and agree": ("sentence,negative,positive\na,.2,.8\nb,.9,.1\na,.2,.8\n", {}),
     "rows that are averaged": ("sentence,negative,positive\na,.1,.9\nb,.9,.1\na,.3,.7\n", {"duplicates": "mean"}),
     "votes": (
@@ -80,7 +83,10 @@ CSV = {
 def test_every_form_says_the_same(form, tmp_path):
     text, keys = CSV[form]
     file = read(write(tmp_path / "gpt.csv", text), **keys)
-    assert p_of(file) == {"a": [0.2, 0.8], "b": [0.9, 0.1]}
+    said = p_of(file)
+    # a row of the form with a probability of 0
+    assert said.pop("c", [1.0, 0.0]) == [1.0, 0.0]
+    assert said == {"a": [0.2, 0.8], "b": [0.9, 0.1]}
     tabs = write(tmp_path / "gpt.tsv", text.replace(",", "\t")) if '"' not in text else None
     if tabs is not None:
         assert np.array_equal(read(tabs, **keys).values_KC, file.values_KC)
@@ -159,6 +165,14 @@ def test_a_label_alone_is_one_vote(tmp_path):
     file = read(write(tmp_path / "votes.csv", sample), smoothing=0.5)
     assert p_of(file) == {"a": [round(1.5 / 4, 4), round(2.5 / 4, 4)]}
     assert file.notes == ["1 row by votes, smoothed by 0.5 a class"]
+
+
+def test_each_vote_without_a_name_counts(tmp_path):
+    rows = [{"sentence": "a", "annotator": who, "label": "positive"} for who in (None, None, " ")]
+    rows += [{"sentence": "a", "annotator": "x", "label": "negative"}] * 2
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    file = read(write(tmp_path / "gpt.jsonl", lines), smoothing=0)
+    assert p_of(file) == {"a": [0.25, 0.75]}
 
 
 def test_the_rest_of_a_confidence_and_of_a_list_is_shared_out(tmp_path):
@@ -268,6 +282,8 @@ BAD = {
     "a list without a word": ('sentence,label\na,"{""positive"": 0.9}"\n', {}, "row 1: column 'label' holds.*kind: top_k"),
     "a list that is none": ("sentence,label\na,positive\n", {"kind": "top_k"}, "row 1: column 'label' holds 'positive'; expected labels with their"),
     "a list that sums to more": ('sentence,label\na,"{""positive"": 0.9, ""negative"": 0.3}"\n', {"kind": "top_k"}, "sum to 1.2; expected at most 1"),
+    "logarithms beside probabilities": ('sentence,label\na,"{""positive"": 0.9}"\nb,"{""positive"": -0.1}"\n', {"kind": "top_k"}, "row 2: column 'label' holds .*-0.1.*; expected labels with their"),
+    "a logit that is no float32": (HEAD + "a,1e39,0\n", {"kind": "logits"}, "row 1: column 'negative' holds '1e39'; expected a number"),
     "scores for classes": ("sentence,score\na,1\n", {"kind": "scores"}, "kind: scores is for tasks of scores"),
     "two columns of one name": ("sentence,label,label\na,positive,positive\n", {}, "has the column 'label' twice"),
     "a short line": (HEAD + "a,.2\n", {}, "predictions of teacher gpt: .*gpt.csv:2: 2 fields where 3 are expected.*; fix the line$"),

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pandas as pd
 import pytest
 from small import ALONE, save_random_bert
 from transformers import pipeline
@@ -150,8 +151,38 @@ def test_a_call_from_python_answers_none_for_a_skipped_row(finished):
     found = sd.predict(finished, rows, skip_malformed=True, batch_size=1)
     assert [answer is None for answer in found] == [False, True, False]
     assert found[2] == sd.predict(finished, ["bad"])[0]
+    for other in (None, float("nan"), 7, "half \ud83d of a pair"):
+        for texts in (["good", other, "bad"], pd.Series(["good", other, "bad"], dtype=object)):
+            with pytest.raises(UserError, match=r"text 2 is of type|row 2: .* half of a surrogate"):
+                sd.predict(finished, texts)
+            assert sd.predict(finished, texts, skip_malformed=True) == found
     with pytest.raises(UserError, match="batch_size=0"):
         sd.predict(finished, rows, batch_size=0)
+
+
+def test_a_call_from_python_answers_none_for_a_malformed_line(finished, tmp_path):
+    file = tmp_path / "in.csv"
+    file.write_text("id,sentence\n1,good\n2\n3,bad\n")
+    found = sd.predict(finished, file, skip_malformed=True)
+    assert [answer is None for answer in found] == [False, True, False]
+    assert found[2] == sd.predict(finished, ["bad"])[0]
+
+
+def test_a_whole_number_beyond_64_bits_is_told_with_its_column(finished, tmp_path):
+    row = {"sentence": "good", "key": 10**25}
+    with pytest.raises(UserError, match=r"cannot be a table: column 'key': .*too large"):
+        sd.predict(finished, [row])
+    with pytest.raises(UserError, match=r"cannot be a table: .*too large"):
+        sd.predict(finished, pd.DataFrame([row]))
+    (tmp_path / "in.jsonl").write_text(json.dumps(row))
+    output = tmp_path / "out.parquet"
+    with pytest.raises(
+        UserError, match=r"out.parquet: column 'key': .*too large.*; give a .jsonl file instead"
+    ):
+        predict_file(str(finished), tmp_path / "in.jsonl", None, output, None)
+    assert not output.exists()
+    predict_file(str(finished), tmp_path / "in.jsonl", None, output.with_suffix(".jsonl"), None)
+    assert lines_of(output.with_suffix(".jsonl"))[0]["key"] == 10**25
 
 
 def test_the_pipeline_of_the_card_says_what_predict_says_of_long_texts(finished):
