@@ -17,8 +17,9 @@ from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.runs.checks import check_inputs
-from sead_dist.runs.claim import reject_other_keys, reject_other_teachers
+from sead_dist.runs.claim import reject_other_keys, reject_other_teachers, teachers_of
 from sead_dist.runs.without_gold import check_gold
+from sead_dist.runtime.console import counted
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished, noted
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit
@@ -169,13 +170,10 @@ def reject_other_unit(grid: Grid, unit: Unit) -> None:
 
 
 def reject_other_data(grid: Grid, name: str, data: TaskData) -> None:
-    """Raises UserError where an earlier run in the folder had other data, or where a finished run
-    had other teachers."""
+    """Raises UserError where an earlier run in the folder had other data, or other teachers."""
     known = data.fingerprints
     for unit in grid.units:
-        # earlier versions gave unlabelled text to the teachers' fine-tuning as well
-        counts = unit.method != TEACHERS or data.unlabelled_rows > 0
-        saved = reject_other_keys(unit.config) if unit.task == name and counts else None
+        saved = reject_other_keys(unit.config) if unit.task == name else None
         if saved is None:
             continue
         key = rows_key(unit.config)
@@ -184,8 +182,26 @@ def reject_other_data(grid: Grid, name: str, data: TaskData) -> None:
                 examples = load_examples(unit.config, data.task)
             known[key] = examples.fingerprint(data.task)
         reject_other(unit.folder, saved, saved.with_data(known[key]))
-        if unit.config.taught and not grid.own_teachers and is_finished(unit.folder):
+        if unit.config.taught and grid.own_teachers:
+            reject_other_encoders(unit)
+        elif unit.config.taught and is_finished(unit.folder):
             reject_other_teachers(unit.config)
+
+
+def reject_other_encoders(unit: Unit) -> None:
+    """Raises UserError where a student had another number of teachers than the sweep fine-tunes.
+
+    A teacher of another encoder is found by the keys of its own run. Only the names of folders
+    count, so that the sweep's folder may be moved.
+    """
+    had = [Path(str(entry.get("path"))).name for entry in teachers_of(unit.folder)]
+    now = [Path(entry.path).name for entry in unit.config.teachers]
+    if had != now:
+        raise UserError(
+            f"output_dir={unit.folder} holds a run with {counted(len(had), 'teacher')} "
+            f"({', '.join(had) or 'none'}), and encoders has {len(now)}; give the encoders that it "
+            "began with, or another output_dir"
+        )
 
 
 def start_tokenizers(grid: Grid, task: str) -> dict[str, PreTrainedTokenizerBase]:
