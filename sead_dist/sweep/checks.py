@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sead_dist.config.automatic import run_steps
 from sead_dist.config.registered import NO_ENSEMBLE
-from sead_dist.config.schema import RunConfig, TeacherConfig
+from sead_dist.config.schema import METHOD_KEYS, RunConfig, TeacherConfig
 from sead_dist.data.augmentation import run_rows
 from sead_dist.data.splits import check_tokens, load_examples, route_of
 from sead_dist.data.tasks import constant_score
@@ -83,11 +83,14 @@ def check_runs(grid: Grid) -> None:
             if unit.config.taught:
                 check_method(unit.config, task.task_kind)
         teachers = [unit for unit in grid.units if (unit.task, unit.method) == (name, TEACHERS)]
-        with_text = [unit for unit in students if unit.config.unlabeled.path is not None]
-        # arms without keys of their own need no further check
+        # Students of one arm differ in the seed alone. Arms without keys of their own, on all tasks
+        # or on this one, differ in their methods' keys alone, which are checked above.
         own = {arm.name for arm in grid.arms if arm.keys}
-        with_keys = {unit.method: unit for unit in students if unit.method in own}
-        for unit in (*teachers[:1], *students[:1], *with_text[:1], *with_keys.values()):
+        unlike: dict[tuple[str | None, str], Unit] = {}
+        for unit in students:
+            keys = unit.config.model_dump(exclude={"seed", "output_dir", "method", *METHOD_KEYS})
+            unlike.setdefault((unit.method if unit.method in own else None, repr(keys)), unit)
+        for unit in (*teachers[:1], *unlike.values()):
             check_inputs(with_made_teachers(unit.config, teachers))
 
 

@@ -105,10 +105,11 @@ def run_worker(words: Sequence[str], world: World) -> None:
 def report(grid: Grid, data: dict[str, TaskData], device: torch.device) -> None:
     """Write OUTPUT/report. Only one worker does so at a time."""
     folder = grid.output / "report"
-    found = scores_of(grid, data, device_model(device))
     with ExitStack() as stack:
         while not stack.enter_context(try_lock(folder / ".lock")):
             time.sleep(POLL_S / 10)
+        # read under the lock, so that no report replaces one of more runs
+        found = scores_of(grid, data, device_model(device))
         write_sweep_report(found, folder)
         render_page(found, folder)
     tell_table(title(found), ["task", *found["methods"]], scores(found, "*"))

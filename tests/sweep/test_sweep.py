@@ -402,6 +402,10 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(tiny_data, tmp
             ["teacher=nobody"],
             "teacher=nobody is not a teacher of this run; give one of teacher-0, ",
         ),
+        (
+            ["per_task={grammar: {methods: {mean: {student: {path: ./none, shape: null}}}}}"],
+            "./none is not a folder",
+        ),
         (["precision=fp16"], "fp16"),
         (["report_to=nothing"], "nothing"),
         ([f"output_dir={tiny_data}"], "holds other files"),

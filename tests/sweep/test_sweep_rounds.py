@@ -283,6 +283,25 @@ def test_a_run_that_another_worker_undid_is_done_here_too(tiny_data, tmp_path):
         assert choose(grid, memory, held) == (0, 0)
 
 
+def test_a_report_has_the_runs_that_end_while_it_waits_for_another_worker(
+    tiny_data, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    grid = make_grid(words(tiny_data, output, "methods=[finetune]", "encoders=[]"))
+    other = ExitStack()
+    assert other.enter_context(try_lock(output / "report" / ".lock"))
+
+    def end_a_run(_):
+        (unit,) = grid.units
+        unit.folder.mkdir(parents=True)
+        (unit.folder / "run_summary.json").write_text('{"finished": true}')
+        other.close()
+
+    monkeypatch.setattr(sweep.time, "sleep", end_a_run)
+    sweep.report(grid, {}, CPU)
+    assert read(output / "report" / "report.json")["missing"] == []
+
+
 @pytest.mark.slow
 def test_two_runs_at_once_give_the_same_table(finished, tiny_data, tmp_path, capfd, shown):
     output = tmp_path / "out"
