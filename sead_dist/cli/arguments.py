@@ -261,7 +261,7 @@ def add_store(command: argparse.ArgumentParser) -> None:
         if verb in ("export", "import"):
             one.add_argument("folder", metavar="DIR", help="the exported folder")
         if verb in ("rm", "export"):
-            teacher = "a teacher's name, or the start of its fingerprint"
+            teacher = "a teacher's name, or the first digits (6 or more) of its fingerprint"
             one.add_argument("--teacher", metavar="NAME", help=teacher)
             one.add_argument("--task", metavar="NAME", help="a task's name")
         if verb == "rm":

@@ -17,7 +17,7 @@ from sead_dist.config.load import load_config
 from sead_dist.config.schema import RunConfig
 from sead_dist.errors import UserError
 from sead_dist.reporting.hub import reject_push
-from sead_dist.runs.checks import check_inputs, reject_unused_text
+from sead_dist.runs.checks import check_inputs, reject_unused_text, teacher_runs
 from sead_dist.runs.claim import already_finished, has_progress, remove_student_store, try_lock
 from sead_dist.runs.pool_worker import worker_folder
 from sead_dist.runtime.run_log import is_finished
@@ -85,9 +85,9 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def finished(one: RunToSubmit) -> bool:
-    if one.recipe == "distill":
-        return already_finished(one.config)
-    return all(is_finished(Path(run)) for run in one.runs)
+    """Whether all its runs are finished. Raises UserError where a folder holds another run."""
+    runs = teacher_runs(one.config) if one.recipe == "finetune" else [one.config]
+    return all([already_finished(run) for run in runs])
 
 
 def submit(

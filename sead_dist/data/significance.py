@@ -97,8 +97,8 @@ def rescorer(
 def _of_drawn_rows(
     name: str, kind: TaskKind, logits_BC: NDArray[np.float32], inputs: MetricInputs
 ) -> Rescore:
-    """A metric that a kind of task computes itself. Each row stands there as often as it was drawn.
-    A group that was drawn twice counts as two groups."""
+    """A metric that a kind of task computes itself. Each row stands there as often as it was drawn,
+    and so does each group. NaN for a draw, which may lack a class, where it raises ValueError."""
     units_B = units_of(inputs)
 
     def score(times_U: NDArray[np.int64]) -> float:
@@ -108,7 +108,10 @@ def _of_drawn_rows(
         if drawn.groups_B is not None:
             turn = np.arange(len(rows)) - np.repeat(np.cumsum(times_B) - times_B, times_B)
             drawn = replace(drawn, groups_B=units_B[rows] * (times_U.max() + 1) + turn)
-        return kind.compute([name], logits_BC[rows], drawn)[name]
+        try:
+            return kind.compute([name], logits_BC[rows], drawn)[name]
+        except ValueError:
+            return math.nan
 
     return lambda times_RU: np.array([score(t_U) for t_U in times_RU.astype(np.int64)])
 

@@ -113,8 +113,8 @@ def verdict(interval: tuple[float, float], over_finetuned: bool = True) -> str:
 def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> NDArray[np.float32]:
     """The logits_BC that the student of a finished run gave to the rows of the selection split.
 
-    Raises UserError for a run that is not finished, had teachers, or had another task or other
-    selection rows.
+    Raises UserError for a run that is not finished, had teachers, or had another task, other
+    selection rows, or other gold labels or another order of classes there.
     """
     if not is_finished(baseline):
         raise UserError(
@@ -137,7 +137,13 @@ def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> ND
             f"baseline={baseline} lacks {rows.count(None)} of this run's {len(rows)} selection "
             "rows; give a run with the same data and the same selection.* keys"
         )
-    return np.asarray(found.student_logits_BC[np.array(rows, np.int64)], np.float32)
+    places_B = np.array(rows, np.int64)
+    if not np.array_equal(found.labels_B[places_B], selection.labels_B, equal_nan=True):
+        raise UserError(
+            f"baseline={baseline} has other gold labels, or classes in another order, on the "
+            "selection rows; give a run with the same task and data"
+        )
+    return np.asarray(found.student_logits_BC[places_B], np.float32)
 
 
 def constant_logits(task: TaskSpec, examples: ExampleSet) -> NDArray[np.float32]:
@@ -261,9 +267,19 @@ def learnable_line(found: Learnable) -> str:
     return line
 
 
-def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
-    """Scores by split, for each split that the baseline was scored on too.
+def same_rows(baseline: Path, split: ExampleSet) -> bool:
+    """Whether the baseline was scored on the rows and labels of this split."""
+    found = read_predictions(baseline / "predictions" / f"{split.split}.parquet")
+    alike = np.array_equal(found.labels_B, split.labels_B, equal_nan=True)
+    return alike and np.array_equal(found.ids_B2, split.ids_B2)
 
+
+def kept_shares(
+    baseline: Path, scores: dict[str, Any], metric: str, held: Sequence[ExampleSet]
+) -> dict[str, dict[str, float]]:
+    """Scores by split, for each split whose rows and labels the baseline was scored on too.
+
+    held: the run's splits.
     finetuned, student, ensemble: the scores under `metric`. share: the share of the gap between
     `finetuned` and `ensemble` that the student keeps; it is left out where there is no gap.
     """
@@ -273,6 +289,9 @@ def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str
         finetuned = before[split]["student"].get(metric) if split in before else None
         # an ensemble of files may predict other rows than the students
         if finetuned is None or of["ensemble"] is None or "ensemble_rows" in of:
+            continue
+        if not all(same_rows(baseline, one) for one in held if one.split == split):
+            tell(f"{split} is not compared: {baseline} was scored on other rows or labels")
             continue
         student, ensemble = of["student"][metric], of["ensemble"][metric]
         shares[split] = {"finetuned": finetuned, "student": student, "ensemble": ensemble}

@@ -339,7 +339,8 @@ def shares_of(setup: RunSetup, scores: dict[str, Any]) -> dict[str, dict[str, fl
     if setup.source is None or baseline is None:
         return {}
     try:
-        return kept_shares(baseline, scores, setup.task.metrics[0])
+        held = (setup.examples.selection, *setup.examples.official.values())
+        return kept_shares(baseline, scores, setup.task.metrics[0], held)
     except UserError as error:  # the baseline was damaged since the start; the run still ends
         tell(f"the share of the gap that the student keeps is not known: {error}")
         return {}

@@ -19,8 +19,8 @@ from sead_dist.errors import UserError, expect
 from sead_dist.runs.given import NAMES, as_rows, checked_task
 from sead_dist.store import store as kept
 from sead_dist.store.layout import store_folder
-from sead_dist.store.maintenance import Row, headers, list_store
-from sead_dist.store.removal import check_known, is_teacher
+from sead_dist.store.maintenance import Row, headers, is_teacher, list_store
+from sead_dist.store.removal import check_known
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -42,6 +42,9 @@ from sead_dist.store.layout import (
 )
 from sead_dist.store.tensor_file import BadBlockError
 
+# the fewest digits of a fingerprint that name a teacher
+MIN_PREFIX = 6
+
 
 @dataclass(frozen=True)
 class Row:
@@ -302,7 +305,8 @@ def carry(
     """Copy predictions from one store into another, which is made if it is missing. Every row is
     checked on the way. The target keeps what it has.
 
-    task, teacher: copy only theirs; a teacher is given by its name or the start of its fingerprint.
+    task, teacher: copy only theirs. teacher: its name, or the first digits (6 or more) of its
+    fingerprint.
     Raises UserError where the source is not a store, the target is the source or something else, or
     nothing fits; RunError where the target cannot be written.
     """
@@ -338,9 +342,15 @@ def carry(
     return Carried(copied, known, num_rows, num_bytes, tuple(bad))
 
 
+def is_teacher(block: ValueBlock, wanted: str) -> bool:
+    """Whether a block is of the teacher with this name, or with this start of a fingerprint."""
+    prefix = len(wanted) >= MIN_PREFIX and block.teacher.startswith(wanted)
+    return prefix or block.name == wanted
+
+
 def _fits(block: ValueBlock, task: str | None, teacher: str | None) -> bool:
-    names = (block.name, PurePath(redact(block.name)).name)
-    right_teacher = teacher is None or teacher in names or block.teacher.startswith(teacher)
+    last = PurePath(redact(block.name)).name  # the name that an export gives it
+    right_teacher = teacher is None or teacher == last or is_teacher(block, teacher)
     return right_teacher and task in (None, block.task)
 
 

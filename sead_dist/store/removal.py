@@ -14,13 +14,12 @@ from sead_dist.store.layout import BLOCK_SUFFIX, Hold, Layout, existing, find_ho
 from sead_dist.store.maintenance import (
     Row,
     headers,
+    is_teacher,
     key_sizes,
     maintenance_lock,
     remove_unused_keys,
     rows_of,
 )
-
-MIN_PREFIX = 6
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,6 @@ def plan_removal(
         num_bytes=num_bytes,
         kept=tuple((row, holder[row.folder]) for row in rows_of(layout, kept)),
     )
-
-
-def is_teacher(block: ValueBlock, wanted: str) -> bool:
-    """Whether a block is of the teacher with this name, or with this start of a fingerprint."""
-    prefix = len(wanted) >= MIN_PREFIX and block.teacher.startswith(wanted)
-    return prefix or block.name == wanted
 
 
 def check_known(kind: str, wanted: str | None, found: bool, known: set[str]) -> None:

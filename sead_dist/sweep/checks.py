@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sead_dist.config.automatic import run_steps
 from sead_dist.config.registered import NO_ENSEMBLE
-from sead_dist.config.schema import RunConfig, TeacherConfig
+from sead_dist.config.schema import METHOD_KEYS, RunConfig, TeacherConfig
 from sead_dist.data.augmentation import run_rows
 from sead_dist.data.splits import check_tokens, load_examples, route_of
 from sead_dist.data.tasks import constant_score
@@ -17,8 +17,9 @@ from sead_dist.models.pretrained import TOKENIZER_FILES, load_tokenizer, locate
 from sead_dist.models.student import check_start
 from sead_dist.objectives.ensemble import check_method, check_selection
 from sead_dist.runs.checks import check_inputs
-from sead_dist.runs.claim import reject_other_keys, reject_other_teachers
+from sead_dist.runs.claim import reject_other_keys, reject_other_teachers, teachers_of
 from sead_dist.runs.without_gold import check_gold
+from sead_dist.runtime.console import counted
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.run_log import is_finished, noted
 from sead_dist.sweep.grid import TEACHERS, Grid, Unit
@@ -82,11 +83,14 @@ def check_runs(grid: Grid) -> None:
             if unit.config.taught:
                 check_method(unit.config, task.task_kind)
         teachers = [unit for unit in grid.units if (unit.task, unit.method) == (name, TEACHERS)]
-        with_text = [unit for unit in students if unit.config.unlabeled.path is not None]
-        # arms without keys of their own need no further check
+        # Students of one arm differ in the seed alone. Arms without keys of their own, on all tasks
+        # or on this one, differ in their methods' keys alone, which are checked above.
         own = {arm.name for arm in grid.arms if arm.keys}
-        with_keys = {unit.method: unit for unit in students if unit.method in own}
-        for unit in (*teachers[:1], *students[:1], *with_text[:1], *with_keys.values()):
+        unlike: dict[tuple[str | None, str], Unit] = {}
+        for unit in students:
+            keys = unit.config.model_dump(exclude={"seed", "output_dir", "method", *METHOD_KEYS})
+            unlike.setdefault((unit.method if unit.method in own else None, repr(keys)), unit)
+        for unit in (*teachers[:1], *unlike.values()):
             check_inputs(with_made_teachers(unit.config, teachers))
 
 
@@ -169,13 +173,10 @@ def reject_other_unit(grid: Grid, unit: Unit) -> None:
 
 
 def reject_other_data(grid: Grid, name: str, data: TaskData) -> None:
-    """Raises UserError where an earlier run in the folder had other data, or where a finished run
-    had other teachers."""
+    """Raises UserError where an earlier run in the folder had other data, or other teachers."""
     known = data.fingerprints
     for unit in grid.units:
-        # earlier versions gave unlabelled text to the teachers' fine-tuning as well
-        counts = unit.method != TEACHERS or data.unlabelled_rows > 0
-        saved = reject_other_keys(unit.config) if unit.task == name and counts else None
+        saved = reject_other_keys(unit.config) if unit.task == name else None
         if saved is None:
             continue
         key = rows_key(unit.config)
@@ -184,8 +185,26 @@ def reject_other_data(grid: Grid, name: str, data: TaskData) -> None:
                 examples = load_examples(unit.config, data.task)
             known[key] = examples.fingerprint(data.task)
         reject_other(unit.folder, saved, saved.with_data(known[key]))
-        if unit.config.taught and not grid.own_teachers and is_finished(unit.folder):
+        if unit.config.taught and grid.own_teachers:
+            reject_other_encoders(unit)
+        elif unit.config.taught and is_finished(unit.folder):
             reject_other_teachers(unit.config)
+
+
+def reject_other_encoders(unit: Unit) -> None:
+    """Raises UserError where a student had another number of teachers than the sweep fine-tunes.
+
+    A teacher of another encoder is found by the keys of its own run. Only the names of folders
+    count, so that the sweep's folder may be moved.
+    """
+    had = [Path(str(entry.get("path"))).name for entry in teachers_of(unit.folder)]
+    now = [Path(entry.path).name for entry in unit.config.teachers]
+    if had != now:
+        raise UserError(
+            f"output_dir={unit.folder} holds a run with {counted(len(had), 'teacher')} "
+            f"({', '.join(had) or 'none'}), and encoders has {len(now)}; give the encoders that it "
+            "began with, or another output_dir"
+        )
 
 
 def start_tokenizers(grid: Grid, task: str) -> dict[str, PreTrainedTokenizerBase]:

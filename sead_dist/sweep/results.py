@@ -3,6 +3,7 @@
 Shapes: B examples, C classes, S seeds, R resamples.
 """
 
+import math
 import re
 import statistics
 import zlib
@@ -114,17 +115,23 @@ def logits_of(unit: Unit, dev: ExampleSet) -> NDArray[Any]:
 
 
 def versus(runs: Runs, reference: Runs, units: int) -> Difference | None:
-    """The difference over the seeds that both have. None below three seeds, because the spread of
-    two is unsure."""
-    common = [s for s in runs.scores if s in reference.scores]
+    """The difference over the seeds that both have a score of. None below three seeds, because the
+    spread of two is unsure. Draws on which a metric is undefined do not count."""
+    theirs = {s: reference.scores.get(s, math.nan) for s in runs.scores}
+    common = [s for s in runs.scores if math.isfinite(runs.scores[s] - theirs[s])]
     if len(common) < 3 or runs.resampled_SR is None or reference.resampled_SR is None:
         return None
     at, other = list(runs.scores), list(reference.scores)
+    mine_SR = runs.resampled_SR[[at.index(s) for s in common]]
+    theirs_SR = reference.resampled_SR[[other.index(s) for s in common]]
+    defined_R = np.isfinite(mine_SR - theirs_SR).all(axis=0)
+    if np.count_nonzero(defined_R) < 2:
+        return None
     return compare(
         [runs.scores[s] for s in common],
         [reference.scores[s] for s in common],
-        runs.resampled_SR[[at.index(s) for s in common]],
-        reference.resampled_SR[[other.index(s) for s in common]],
+        mine_SR[:, defined_R],
+        theirs_SR[:, defined_R],
         units,
     )
 

@@ -45,6 +45,21 @@ def try_join(unit: Unit, machine: str | None = None) -> Iterator[bool]:
         os.close(handle)
 
 
+def at_work(grid: Grid) -> int:
+    """How many runs processes do now, here or on other machines: those whose lock is held."""
+    locks = [lock_of(unit) for unit in grid.units if not is_finished(unit.folder)]
+    return sum(is_held(lock) for lock in locks if lock.is_file())
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds the lock of this file."""
+    handle = open_lock(lock)
+    try:
+        return not takes(handle, fcntl.LOCK_SH)
+    finally:
+        os.close(handle)
+
+
 def has_model(run: Path) -> bool:
     """Whether a run has left a model."""
     return (run / "model").is_dir()
@@ -146,13 +161,12 @@ def clear_lost(grid: Grid, unit: Unit) -> None:
                     remove_folder(student.folder)
 
 
-def undo_others(grid: Grid, unit: Unit) -> list[Unit]:
+def undo_others(grid: Grid, unit: Unit) -> None:
     """Remove the finished runs of this run's round that had other teachers, so that they are done
-    again. Called when `unit` has just finished. Returns the removed runs."""
+    again. Called when `unit` has just finished."""
     own = taught_by(unit.folder)
     if not grid.own_teachers or own is None:
-        return []
-    undone = []
+        return
     for other in grid.units:
         if other.round != unit.round or other is unit or not is_finished(other.folder):
             continue
@@ -161,8 +175,6 @@ def undo_others(grid: Grid, unit: Unit) -> list[Unit]:
                 if taken:
                     tell(f"{other.title}: it had other teachers, so it is done again")
                     remove_folder(other.folder)
-                    undone.append(other)
-    return undone
 
 
 def taught_by(run: Path) -> Sequence[str] | None:

@@ -33,6 +33,7 @@ from sead_dist.sweep.report import scores, title, write_sweep_report
 from sead_dist.sweep.results import TaskData, failures, scores_of
 from sead_dist.sweep.rounds import (
     again_lines,
+    at_work,
     clear_lost,
     is_done,
     is_ready,
@@ -104,10 +105,11 @@ def run_worker(words: Sequence[str], world: World) -> None:
 def report(grid: Grid, data: dict[str, TaskData], device: torch.device) -> None:
     """Write OUTPUT/report. Only one worker does so at a time."""
     folder = grid.output / "report"
-    found = scores_of(grid, data, device_model(device))
     with ExitStack() as stack:
         while not stack.enter_context(try_lock(folder / ".lock")):
             time.sleep(POLL_S / 10)
+        # read under the lock, so that no report replaces one of more runs
+        found = scores_of(grid, data, device_model(device))
         write_sweep_report(found, folder)
         render_page(found, folder)
     tell_table(title(found), ["task", *found["methods"]], scores(found, "*"))
@@ -135,8 +137,7 @@ def report_end(grid: Grid, came_to_end: bool) -> None:
 class Memory:
     """The state of a worker. before: the times (ns) of failures of earlier tries, by file. done:
     finished runs. failed: runs that failed in this worker or in one beside it. said: the last line
-    that was logged. round: the round that it takes part in. joined: holds its part in that round.
-    beside: how many runs other workers had when it took its own."""
+    that was logged. round: the one that it takes part in. joined: holds its part in it."""
 
     before: dict[Path, int]
     done: set[int] = field(default_factory=set)
@@ -144,7 +145,6 @@ class Memory:
     said: str = ""
     round: tuple[str, int] | None = None
     joined: ExitStack = field(default_factory=ExitStack)
-    beside: int = 0
 
 
 def work(grid: Grid, world: World, stop: StopFlag) -> bool:
@@ -191,22 +191,23 @@ def choose(grid: Grid, memory: Memory, held: ExitStack) -> tuple[int | None, int
         if (at := failed_at(unit)) is not None and memory.before.get(unit.failure) != at
     }
     failed = {grid.units[n].folder for n in memory.failed}
-    waiting = memory.beside = 0
+    waiting = 0
     for n in sorted(range(len(grid.units)), key=lambda n: sort_key(grid.units[n], memory)):
         unit = grid.units[n]
-        if n in memory.done or n in memory.failed or failed.intersection(unit.needs):
+        if n in memory.failed or failed.intersection(unit.needs):
             continue
+        # another worker may undo a run, or remove a teacher's model, after it was done
         if is_done(grid, unit):
-            # another command in this folder may have done it
-            reject_other_keys(unit.config)
-            memory.done.add(n)
+            if n not in memory.done:
+                # another command in this folder may have done it
+                reject_other_keys(unit.config)
+                memory.done.add(n)
         elif not is_ready(grid, unit):
             waiting += 1
         elif take(grid, unit, memory, held):
             return n, waiting
         else:
             waiting += 1
-            memory.beside += 1
     if waiting and memory.said != "waiting":
         memory.said = "waiting"
         tell(f"{counted(waiting, 'run')} left to other processes; waiting for them")
@@ -244,7 +245,7 @@ def run_unit(grid: Grid, index: int, memory: Memory, world: World, stop: StopFla
     """
     unit = grid.units[index]
     if world.is_main:
-        left = time_left(grid, 1 + memory.beside)
+        left = time_left(grid, at_work(grid))
         tell(f"\nrun {index + 1} of {len(grid.units)}: {unit.title} ({left})")
         memory.said = unit.title
         clear_lost(grid, unit)
@@ -259,8 +260,7 @@ def run_unit(grid: Grid, index: int, memory: Memory, world: World, stop: StopFla
         raise
     if world.is_main and is_finished(unit.folder):
         unit.failure.unlink(missing_ok=True)
-        undone = undo_others(grid, unit)
-        memory.done -= {n for n, other in enumerate(grid.units) if other in undone}
+        undo_others(grid, unit)
         tidy(grid, unit)
 
 
@@ -272,25 +272,33 @@ def write_failure(unit: Unit, error: Exception) -> None:
 
 
 def time_left(grid: Grid, workers: int) -> str:
-    """What is left in words: "12 runs left, about 1.5 h". workers: processes at work now.
+    """What is left in words: "12 runs left, about 1.5 h". workers: how many runs are done now.
 
-    A run takes the median of the finished runs of its task and method. Where there is none, it is
-    not counted, and the line says "at least".
+    A run takes the median of the finished runs of its task and method, a teacher that of the
+    teachers of its task and encoder. Where there is none, it is not counted, and the line says "at
+    least".
     """
-    spent: dict[tuple[str, str], list[float]] = {}
+    spent: dict[tuple[str, str, str], list[float]] = {}
     left = []
     for unit in grid.units:
         if is_finished(unit.folder):
             summary = read_as(dict[str, Any], unit.folder / "run_summary.json")
-            spent.setdefault((unit.task, unit.method), []).append(float(summary["train_s"]))
+            spent.setdefault(alike(unit), []).append(float(summary["train_s"]))
         if not is_done(grid, unit):
             left.append(unit)
     line = f"{counted(len(left), 'run')} left"
-    known = [spent[unit.task, unit.method] for unit in left if (unit.task, unit.method) in spent]
+    known = [spent[alike(unit)] for unit in left if alike(unit) in spent]
     if not known:
         return line
     about = "about" if len(known) == len(left) else "at least"
-    return f"{line}, {about} {clock(sum(map(statistics.median, known)) / workers)}"
+    return f"{line}, {about} {clock(sum(map(statistics.median, known)) / max(workers, 1))}"
+
+
+def alike(unit: Unit) -> tuple[str, str, str]:
+    """What runs that take as long have in common: task, method, and a teacher's encoder."""
+    start = unit.config.student
+    encoder = start.path or start.shape or ""
+    return unit.task, unit.method, encoder if unit.method == TEACHERS else ""
 
 
 def run_jobs(grid: Grid, stop: StopFlag) -> bool:

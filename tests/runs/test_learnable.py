@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+import yaml
 from ranks import run_ranks
 from small import (
     ALONE,
@@ -102,7 +103,7 @@ def test_a_share_is_told_where_there_is_a_gap(tmp_path):
     )
     of = {"student": {"accuracy": 0.8}, "ensemble": {"accuracy": 0.9}}
     scores = {"selection": of, "validation": of, "other": of}
-    shares = kept_shares(tmp_path, scores, "accuracy")
+    shares = kept_shares(tmp_path, scores, "accuracy", [])
     assert shares["validation"]["share"] == pytest.approx(0.5)
     assert "selection" not in shares
     assert "share" not in shares["other"]
@@ -214,8 +215,20 @@ def test_a_baseline_that_would_take_long_is_not_made(distil, words, tmp_path):
     assert "fine-tuned student" not in (off / "log.txt").read_text()
 
 
+def test_a_baseline_of_other_dev_rows_has_no_share_there(
+    finetuned, grammar, distil, words, tmp_path
+):
+    lines = (grammar / "validation.tsv").read_text().splitlines(keepends=True)
+    (tmp_path / "validation.tsv").write_text("".join(lines[:61]))
+    fewer = f"data.validation={tmp_path / 'validation.tsv'}"
+    run = distil(words(tmp_path / "run", f"baseline={finetuned}", "max_steps=1", fewer))
+    assert list(read(run / "learnable.json")["splits"]) == ["selection"]
+    said = f"validation is not compared: {finetuned} was scored on other rows or labels"
+    assert said in (run / "log.txt").read_text()
+
+
 def test_a_baseline_that_cannot_be_compared_is_refused_before_work(
-    finetuned, distil, words, tmp_path
+    finetuned, grammar, distil, words, tmp_path
 ):
     def refused(says, baseline, *more):
         with pytest.raises(UserError, match=says) as caught:
@@ -225,6 +238,12 @@ def test_a_baseline_that_cannot_be_compared_is_refused_before_work(
 
     refused("is not a finished run; give the folder of one, auto or null", tmp_path / "nowhere")
     refused(r"lacks \d+ of this run\'s \d+ selection rows", finetuned, "selection.seed=7")
+    # the same task with its classes in another order
+    task = yaml.safe_load((grammar / "task.yaml").read_text())
+    task["labels"].reverse()
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task))
+    other = f"task={tmp_path / 'task.yaml'}"
+    refused("has other gold labels, or classes in another order, on the sel", finetuned, other)
     taught = distil(words(tmp_path / "taught", "max_steps=1"))
     refused("was trained with teachers; give a run of method=finetune", taught)
 

@@ -209,6 +209,17 @@ def test_encoders_make_a_fine_tuning_with_a_run_for_each_teacher(tmp_path):
     assert asked.runs == (f"{tmp_path}/teacher-0", f"{tmp_path}/teacher-1")
 
 
+def test_finished_teachers_of_other_keys_are_refused(one_teacher, tmp_path, capsys):
+    data, (encoder,) = one_teacher
+    given = [*words(data, [], tmp_path / "out"), f"encoders=[{encoder}]", "max_steps=1"]
+    assert command("finetune", *given) is None
+    capsys.readouterr()
+    assert command("submit", *given, "--dry-run") is None
+    assert "is finished: nothing to do" in capsys.readouterr().out
+    assert command("submit", *given, "max_steps=2", "--dry-run") == 2
+    assert "teacher-0 holds another run: max_steps was 1, is 2" in capsys.readouterr().err
+
+
 # what the job's script does after srun, with stand-ins for squeue and scontrol
 
 

@@ -64,6 +64,18 @@ def test_one_task_or_teacher_can_be_exported(store, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_name_that_is_also_the_start_of_a_fingerprint_is_a_name(tmp_path):
+    other = make_key(2)
+    own = make_key()
+    named = TeacherKey(own.fingerprint, own.numerics, other.fingerprint[:5], 3)
+    for key in (named, other):
+        fill(tmp_path / "store", IDS, key)
+    for teacher, found in ((named.name, named.name), (other.fingerprint[:6], other.name)):
+        out = tmp_path / f"only-{teacher}"
+        carry(tmp_path / "store", out, teacher=teacher)
+        assert {row.teacher for row in list_store(out).rows} == {found}
+
+
 def test_an_altered_block_does_not_come_over(store, tmp_path):
     bad = sorted(store.glob("values/*/*.safetensors"))[0]
     content = bytearray(bad.read_bytes())

@@ -203,6 +203,35 @@ def test_other_data_under_finished_runs_are_refused(finished, tiny_data, tmp_pat
         run_sweep(words, ALONE)
 
 
+def test_other_data_than_those_of_finished_teachers_are_refused(finished, tiny_data, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(finished / "grammar" / "teachers", output / "grammar" / "teachers")
+    other = write_task(tmp_path / "grammar", rows=61)
+    words = sweep_words(tiny_data, output, f"data.path={other}")
+    with pytest.raises(UserError, match="teacher-0 holds another run: the fingerprint of data"):
+        run_sweep(words, ALONE)
+
+
+def test_students_of_another_number_of_teachers_are_refused(finished, tiny_data):
+    shape = tiny_data / "student.yaml"
+    for count, seeds in ((3, 2), (1, 3)):
+        words = sweep_words(
+            tiny_data, finished, f"encoders=[{','.join([str(shape)] * count)}]", f"seeds={seeds}"
+        )
+        with pytest.raises(
+            UserError,
+            match=r"mean/seed-0 holds a run with 2 teachers \(teacher-0, teacher-1\), and encoders "
+            rf"has {count}; give the encoders that it began with",
+        ):
+            run_sweep(words, ALONE)
+    assert not (finished / "grammar" / "teachers" / "teacher-2").exists()
+    # a method without teachers does not depend on them
+    words = sweep_words(tiny_data, finished, f"encoders=[{shape}]", "methods=[finetune]")
+    before = (finished / "report" / "report.json").read_bytes()
+    run_sweep(words, ALONE)
+    (finished / "report" / "report.json").write_bytes(before)
+
+
 def test_rows_that_an_older_version_divided_otherwise_are_refused_as_such(
     finished, tiny_data, tmp_path
 ):
@@ -372,6 +401,10 @@ def test_mistakes_in_what_is_given_are_found_before_the_first_run(tiny_data, tmp
         (
             ["teacher=nobody"],
             "teacher=nobody is not a teacher of this run; give one of teacher-0, ",
+        ),
+        (
+            ["per_task={grammar: {methods: {mean: {student: {path: ./none, shape: null}}}}}"],
+            "./none is not a folder",
         ),
         (["precision=fp16"], "fp16"),
         (["report_to=nothing"], "nothing"),

@@ -1,12 +1,16 @@
 """report.md says what report.json holds, and no more than the runs allow."""
 
 import json
+import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from sead_dist.data.significance import Difference
+from sead_dist.data.kinds import Classification
+from sead_dist.data.significance import Difference, resampled_scores
 from sead_dist.sweep.report import arms, markdown, write_sweep_report
-from sead_dist.sweep.results import add_holm, mean_over_tasks, shared_tasks
+from sead_dist.sweep.results import Runs, add_holm, mean_over_tasks, shared_tasks, versus
 
 
 def cell(task, method, mean, **more):
@@ -172,3 +176,40 @@ def test_the_keys_of_an_arm_stand_as_they_are_typed():
     (row,) = arms({"arms": [{"name": "long", "method": "finetune", "keys": keys}]})
     typed = "max_steps=null, augment={gold_labels: true}, final_checkpoint=auto"
     assert row["keys of its own"] == typed
+
+
+class Least(Classification):
+    """A kind whose metric is the least recall of the classes; it needs rows of all classes."""
+
+    @staticmethod
+    def compute(names, logits_BC, inputs):
+        shares = []
+        for of in range(logits_BC.shape[1]):
+            right_B = logits_BC[inputs.labels_B == of].argmax(axis=1) == of
+            if not len(right_B):
+                raise ValueError("no rows of a class")
+            shares.append(float(right_B.mean()))
+        return {name: min(shares) for name in names}
+
+
+def test_draws_on_which_a_metric_is_undefined_do_not_count():
+    """Four rows of one class among thirty: one draw in a hundred has none of them."""
+    rows = SimpleNamespace(labels_B=np.arange(30) // 26, groups_B=None, answers=None)
+
+    def runs(method, wrong):
+        said_SB = [np.where(np.arange(30) % 5 < n, 1 - rows.labels_B, rows.labels_B) for n in wrong]
+        logits_SBC = [np.eye(2, dtype=np.float32)[said_B] for said_B in said_SB]
+        scores = {n: Least.compute(["r"], of, rows)["r"] for n, of in enumerate(logits_SBC)}
+        return Runs("t", method, scores, {}, resampled_scores("r", Least(), logits_SBC, rows, 0))
+
+    mine, theirs = runs("mean", [1, 1, 0, 0]), runs("finetune", [2, 1, 2, 1])
+    assert 0 < np.isnan(mine.resampled_SR).any(axis=0).mean() < 0.05
+    found = versus(mine, theirs, 30)
+    low, high = found.interval
+    assert low < found.value < high
+    assert 0 < found.p < 1
+    # a run without a score has no place in the comparison
+    mine.scores[0] = math.nan
+    assert versus(mine, theirs, 30).value > 0
+    mine.scores[1] = math.nan
+    assert versus(mine, theirs, 30) is None

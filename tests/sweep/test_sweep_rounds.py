@@ -10,12 +10,13 @@ from small import ALONE, CPU, read, records, sweep_words
 
 from sead_dist.errors import RunError, UserError
 from sead_dist.models.pretrained import locate, weights_hash
+from sead_dist.runs.claim import try_lock
 from sead_dist.runtime.distributed import World
 from sead_dist.runtime.files import remove_folder
 from sead_dist.sweep import run as sweep
 from sead_dist.sweep.checks import check_jobs
 from sead_dist.sweep.grid import make_grid
-from sead_dist.sweep.rounds import again_lines, is_ready, try_join
+from sead_dist.sweep.rounds import again_lines, at_work, is_ready, lock_of, tidy, try_join
 from sead_dist.sweep.run import Memory, choose, run_sweep, time_left
 
 # what is left of a run whose folder went through a version control or a small disk
@@ -241,7 +242,7 @@ def test_another_machine_takes_another_round(tiny_data, tmp_path):
         assert taken
         memory = Memory({})
         assert choose(grid, memory, held)[0] == 1
-        assert (memory.round, memory.beside) == (("grammar", 1), 1)
+        assert memory.round == ("grammar", 1)
         memory.joined.close()
     with try_join(grid.units[0], "this machine") as first:
         with try_join(grid.units[0], "this machine") as second:
@@ -250,6 +251,55 @@ def test_another_machine_takes_another_round(tiny_data, tmp_path):
             assert not third
     with try_join(grid.units[0], "another machine") as free:
         assert free
+
+
+def test_teachers_whose_models_another_command_removes_are_made_again(tiny_data, tmp_path):
+    """It has fewer seeds, so its last student is not that of this command."""
+    given = words(tiny_data, tmp_path / "out", "methods=[mean]", "keep_models=false")
+    grid, fewer = make_grid([*given, "seeds=2"]), make_grid(given)
+    *teachers, first, _ = grid.units
+    for unit in (*teachers, first):
+        (unit.folder / "model").mkdir(parents=True)
+        (unit.folder / "run_summary.json").write_text('{"finished": true}')
+    memory = Memory({})
+    with memory.joined, ExitStack() as held:
+        assert choose(grid, memory, held) == (3, 0)
+        held.close()
+        tidy(fewer, first)
+        # the student that is left waits for the second teacher too
+        assert choose(grid, memory, held) == (0, 0)
+
+
+def test_a_run_that_another_worker_undid_is_done_here_too(tiny_data, tmp_path):
+    given = words(tiny_data, tmp_path / "out", "methods=[finetune]", "encoders=[]")
+    grid = make_grid(given)
+    (unit,) = grid.units
+    unit.folder.mkdir(parents=True)
+    (unit.folder / "run_summary.json").write_text('{"finished": true}')
+    memory = Memory({})
+    with memory.joined, ExitStack() as held:
+        assert choose(grid, memory, held) == (None, 0)
+        remove_folder(unit.folder)
+        assert choose(grid, memory, held) == (0, 0)
+
+
+def test_a_report_has_the_runs_that_end_while_it_waits_for_another_worker(
+    tiny_data, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    grid = make_grid(words(tiny_data, output, "methods=[finetune]", "encoders=[]"))
+    other = ExitStack()
+    assert other.enter_context(try_lock(output / "report" / ".lock"))
+
+    def end_a_run(_):
+        (unit,) = grid.units
+        unit.folder.mkdir(parents=True)
+        (unit.folder / "run_summary.json").write_text('{"finished": true}')
+        other.close()
+
+    monkeypatch.setattr(sweep.time, "sleep", end_a_run)
+    sweep.report(grid, {}, CPU)
+    assert read(output / "report" / "report.json")["missing"] == []
 
 
 @pytest.mark.slow
@@ -326,3 +376,42 @@ def test_the_time_left_follows_from_runs_of_the_same_method(tiny_data, tmp_path)
     assert time_left(grid, 1) == "4 runs left, about 33.3 min"
     finish(second, 300.0)
     assert time_left(grid, 2) == "3 runs left, about 16.7 min"
+
+
+def test_the_time_of_a_teacher_follows_from_teachers_of_the_same_encoder(tiny_data, tmp_path):
+    given = words(tiny_data, tmp_path / "out", "encoders=[SMALL,LARGE,SMALL,LARGE]")
+    grid = make_grid([*given, "methods=[mean]"])
+    assert len(grid.units) == 5
+
+    def finish(unit, seconds):
+        unit.folder.mkdir(parents=True)
+        (unit.folder / "model").mkdir()
+        summary = {"finished": True, "train_s": seconds}
+        (unit.folder / "run_summary.json").write_text(json.dumps(summary))
+
+    finish(grid.units[0], 100.0)
+    assert time_left(grid, 1) == "4 runs left, at least 100 s"
+    finish(grid.units[1], 700.0)
+    assert time_left(grid, 1) == "3 runs left, at least 13.3 min"
+    for unit in grid.units[2:4]:
+        finish(unit, 400.0)
+    # nothing is known of the student
+    assert time_left(grid, 1) == "1 run left"
+
+
+def test_the_time_left_is_shared_by_the_runs_that_processes_do_now(tiny_data, tmp_path):
+    """A round of another machine is one run at a time there, however many runs it has."""
+    arms = "methods=[finetune,{name: other, method: finetune, learning_rate: 1e-2}]"
+    given = words(tiny_data, tmp_path / "out", arms, "encoders=[]", "seeds=3")
+    grid = make_grid(given)
+    assert at_work(grid) == 0
+    with (
+        try_join(grid.units[0], "another machine"),
+        try_lock(lock_of(grid.units[0])),
+        ExitStack() as held,
+    ):
+        memory = Memory({})
+        assert choose(grid, memory, held)[0] == 2
+        assert at_work(grid) == 2
+        memory.joined.close()
+    assert at_work(grid) == 0
