@@ -64,6 +64,12 @@ RECORDS = {
     "transfer_rows": "unlabelled_rows",
     "live_rows": "feature_rows",
 }
+# of what a plugin registers
+ATTRIBUTES = {
+    "asked": "needed",
+    "asks_all": "needs_all",
+    "asks_selection": "needs_selection",
+}
 # in a run directory
 FILES = {"examination.json": "teacher_validation.json"}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sead_dist.config.names import ATTRIBUTES
 from sead_dist.errors import UserError, expect, one_line, reading, reason
 
 # where a run directory keeps its plugins
@@ -79,7 +80,8 @@ def names(what: str) -> list[str]:
 
 def take_name(what: str, name: str, given: object, kinds: Any, fix: str) -> None:
     """Take a name for what is being registered. kinds and fix: as of `expect`, of what it names.
-    Raises UserError where the name is taken or no word, or names something of another type."""
+    Raises UserError where the name is taken or no word, or names something of another type or with
+    an attribute of an older version."""
     expect("name", name, str, f"the name of a {what}")
     if not name.isidentifier():
         raise UserError(f"{name!r} is not a name of a {what}; give letters, digits and _")
@@ -88,6 +90,9 @@ def take_name(what: str, name: str, given: object, kinds: Any, fix: str) -> None
         by = "built in" if owner is None else f"registered by {ADDED.files[owner]}"
         raise UserError(f"the {what} {name!r} exists already ({by}); give yours another name")
     expect(f"the {what} {name!r}", given, kinds, fix)
+    for old, new in ATTRIBUTES.items():
+        if hasattr(given, old):
+            raise UserError(f"the {what} {name!r} has {old}, which is called {new} now; rename it")
     ADDED.owners[what][name] = ADDED.loading
 
 

@@ -254,6 +254,20 @@ def test_a_registered_weighting_may_freeze_weights_and_leave_the_rest(older):
         frozen_weights("older", [1.0, 1.0], [], None)
 
 
+def test_a_weighting_of_an_older_version_is_refused_with_the_new_name():
+    """A method of another name would never be called."""
+
+    class AsksAll(Weighting):
+        asks_all = True
+
+    with pytest.raises(UserError) as told:
+        register_ensemble("older", AsksAll())
+    assert str(told.value) == (
+        "the ensemble 'older' has asks_all, which is called needs_all now; rename it"
+    )
+    assert "older" not in ADDED.owners["ensemble"]
+
+
 def test_weights_of_another_shape_are_refused():
     with pytest.raises(
         UserError, match=r"weights have the shape \(1, 2\); expected \[teachers, rows\]"
