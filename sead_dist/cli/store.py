@@ -12,8 +12,9 @@ from sead_dist.errors import RunError
 from sead_dist.runtime.console import AGE_S, counted, parse_age, parse_size, print_table
 from sead_dist.store.compaction import compact
 from sead_dist.store.layout import store_folder
-from sead_dist.store.maintenance import Bad, Carried, Row, carry, list_store, verify
+from sead_dist.store.maintenance import Bad, Row, list_store, verify
 from sead_dist.store.removal import plan_removal, remove
+from sead_dist.store.transfer import Carried, carry
 
 
 def run(args: argparse.Namespace) -> None:

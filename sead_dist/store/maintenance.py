@@ -1,9 +1,4 @@
-"""The content of a prediction store: listed from headers, verified, or copied to another store.
-
-An export is a store of its own. It holds hashes of rows, and logits. It holds no text. Of a
-teacher's path only the last part stays, and the names of the runs that wrote are left out. Rows
-keep their ids, so a run that reads the store finds them wherever it needs the same teacher for
-the same texts.
+"""The content of a prediction store: listed from headers, or verified.
 
 K ids of a key block.
 """
@@ -13,18 +8,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 
 from sead_dist.errors import UserError
-from sead_dist.runtime.redact import redact
 from sead_dist.store.blocks import (
     Check,
     ValueBlock,
     read_description,
     read_value_block,
-    write_value_block,
 )
 from sead_dist.store.ids import Bools, read_key_block, union
 from sead_dist.store.layout import (
@@ -32,7 +25,6 @@ from sead_dist.store.layout import (
     BusyError,
     Hold,
     Layout,
-    create,
     existing,
     find_holds,
     old_temporaries,
@@ -284,83 +276,7 @@ def _verify_descriptions(layout: Layout, bad: list[Bad], repair: bool) -> None:
             note_bad(layout, bad, path, error, repair)
 
 
-@dataclass(frozen=True)
-class Carried:
-    """What was copied.
-
-    blocks: those that were copied. known: those that were there already. num_rows, num_bytes: of
-    both. bad: files that could not be read, which are left out.
-    """
-
-    blocks: int
-    known: int
-    num_rows: int
-    num_bytes: int
-    bad: tuple[Bad, ...]
-
-
-def carry(
-    source: Path, target: Path, task: str | None = None, teacher: str | None = None
-) -> Carried:
-    """Copy predictions from one store into another, which is made if it is missing. Every row is
-    checked on the way. The target keeps what it has.
-
-    task, teacher: copy only theirs. teacher: its name, or the first digits (6 or more) of its
-    fingerprint.
-    Raises UserError where the source is not a store, the target is the source or something else, or
-    nothing fits; RunError where the target cannot be written.
-    """
-    if source.resolve() == target.resolve():
-        raise UserError(f"{target} is the store itself; give another folder")
-    layout = existing(source)
-    bad: list[Bad] = []
-    chosen: list[Path] = []
-    for path, block in scan(layout, "header"):
-        if isinstance(block, BadBlockError):
-            bad.append(Bad(path, str(block), moved=False))
-        elif _fits(block, task, teacher):
-            chosen.append(path)
-    if not chosen:
-        wanted = [f" of task {task}"] if task else []
-        wanted += [f" of teacher {teacher}"] if teacher else []
-        raise UserError(
-            f"the prediction store {source} holds no predictions{' and'.join(wanted)}; "
-            "sead-dist store ls lists what it holds"
-        )
-    into = create(target)
-    sound: set[str] = set()
-    copied = known = num_rows = num_bytes = 0
-    for path in chosen:
-        try:
-            there, rows, new = _copy(layout, into, path, sound)
-        except (BadBlockError, FileNotFoundError) as error:
-            bad.append(Bad(path, str(error), moved=False))
-            continue
-        copied, known = copied + new, known + (not new)
-        num_rows += rows
-        num_bytes += there.stat().st_size
-    return Carried(copied, known, num_rows, num_bytes, tuple(bad))
-
-
 def is_teacher(block: ValueBlock, wanted: str) -> bool:
     """Whether a block is of the teacher with this name, or with this start of a fingerprint."""
     prefix = len(wanted) >= MIN_PREFIX and block.teacher.startswith(wanted)
     return prefix or block.name == wanted
-
-
-def _fits(block: ValueBlock, task: str | None, teacher: str | None) -> bool:
-    last = PurePath(redact(block.name)).name  # the name that an export gives it
-    right_teacher = teacher is None or teacher == last or is_teacher(block, teacher)
-    return right_teacher and task in (None, block.task)
-
-
-def _copy(source: Layout, into: Layout, path: Path, sound: set[str]) -> tuple[Path, int, bool]:
-    """(path of the block in the other store, its number of rows, whether it is new there). Raises
-    BadBlockError, FileNotFoundError, RunError."""
-    block = read_value_block(path, "all")
-    ids_K2 = read_key_block(source.key_path(block.keys))
-    if len(ids_K2) != block.covers.num_keys:
-        raise BadBlockError(f"{len(ids_K2)} ids for {block.covers.num_keys} keys")
-    block = replace(block, name=PurePath(redact(block.name)).name, runs=())
-    there, new = write_value_block(into, block, ids_K2, sound)
-    return there, block.covers.num_rows, new

@@ -25,9 +25,10 @@ from store_world import (
 from sead_dist.errors import UserError
 from sead_dist.runtime.run_log import noted
 from sead_dist.store.layout import Layout
-from sead_dist.store.maintenance import carry, list_store, verify
+from sead_dist.store.maintenance import list_store, verify
 from sead_dist.store.removal import plan_removal
 from sead_dist.store.store import StoreFolder
+from sead_dist.store.transfer import carry
 
 KEPT = Path(__file__).parents[1] / "fixtures" / "b2c3d08" / "store"
 

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from store_world import check_reads, fill, make_ids, make_key
+from store_world import check_reads, fill, logits_of, make_ids, make_key, open_table
 
 from sead_dist.errors import UserError
 from sead_dist.store.compaction import compact
-from sead_dist.store.maintenance import carry, list_store, verify
+from sead_dist.store.maintenance import list_store, verify
 from sead_dist.store.store import TeacherKey
+from sead_dist.store.transfer import carry
 
 IDS = make_ids(300)
 
@@ -39,6 +40,27 @@ def test_what_was_exported_is_read_elsewhere(store, tmp_path, compacted):
     check_reads(other, IDS, make_key(3))
     again = carry(out, other)
     assert (again.blocks, again.known) == (0, 2)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_an_answer_that_is_there_stays(tmp_path, compacted):
+    """The same endpoint gave other answers on another machine."""
+    own, other, key = tmp_path / "own", tmp_path / "other", make_key()
+    fill(own, IDS, key, entries=range(50))
+    open_table(other, IDS, key).write(np.arange(300), logits_of(IDS, key) + 1)
+    if compacted:
+        compact(other)
+    carried = carry(other, own)
+    assert (carried.blocks, carried.known, carried.num_rows) == (1, 0, 300)
+    expected = logits_of(IDS, key)
+    expected[50:] += 1
+    for _ in range(2):
+        logits, there = open_table(own, IDS, key).lookup(np.arange(300))
+        assert there.all()
+        np.testing.assert_array_equal(logits, expected)
+        assert compact(own).differing == 0
+    assert verify(own).ok
+    assert carry(other, own).known == 1
 
 
 def test_an_export_holds_no_paths(store, tmp_path):
