@@ -21,7 +21,7 @@ from sead_dist.data.kinds import normalise_label, number_name
 from sead_dist.data.metrics import Answer
 from sead_dist.data.tasks import TASKS, TaskSpec
 from sead_dist.data.text_files import MALFORMED, readable
-from sead_dist.errors import UserError, reason
+from sead_dist.errors import UserError, expect, reason
 from sead_dist.runtime.console import counted
 
 Row = Mapping[str, Any]
@@ -107,6 +107,46 @@ def read_items(
             )
 
 
+def text_rows(
+    texts: Sequence[Any], task: TaskSpec, skip_malformed: bool | None = None
+) -> list[dict[str, Any]]:
+    """Rows of bare texts: a text each, or where the task reads several columns a tuple of them, in
+    the order of `task.fields`. Raises UserError where they do not fit the task. With
+    `skip_malformed` what is no text is the value of each column, which `read_items` skips."""
+    if task.reader != "plain":
+        raise UserError(f"task {task.name!r} reads nested rows; give rows, as its files have them")
+    rows: list[dict[str, Any]] = []
+    for number, given in enumerate(texts, 1):
+        try:
+            rows.append(_text_row(number, given, task))
+        except UserError:
+            if not skip_malformed:
+                raise
+            # bytes are no text; half of a surrogate pair would be one
+            value = given.encode("utf-8", "surrogatepass") if isinstance(given, str) else given
+            rows.append(dict.fromkeys(task.fields, value))
+    return rows
+
+
+def _text_row(number: int, given: Any, task: TaskSpec) -> dict[str, Any]:
+    columns = ", ".join(task.fields)
+    expect(f"text {number}", given, str | tuple | list, f"texts of the columns {columns}")
+    parts = (given,) if isinstance(given, str) else given
+    if len(parts) != len(task.fields):
+        raise UserError(
+            f"text {number} is {given!r}, but task {task.name!r} reads {columns}; give "
+            f"{'a text' if len(task.fields) == 1 else f'({columns})'} each, or rows"
+        )
+    try:
+        "".join(part for part in parts if isinstance(part, str)).encode()
+    except UnicodeEncodeError as error:  # no tokeniser takes it
+        raise UserError(
+            f"text {number} holds half of a surrogate pair ({error.object[error.start]!r}); "
+            "expected Unicode text; remove it"
+        ) from error
+    return dict(zip(task.fields, parts, strict=True))
+
+
 def _reads_label(task: TaskSpec, flat: Row, where: str, labelled: bool | None) -> bool:
     """Whether the label of an example is to be read; `labelled` as in `read_items`. Raises
     UserError for a label column whose name is misspelt."""
@@ -154,13 +194,6 @@ def _check_texts(task: TaskSpec, flat: Row, where: str) -> None:
             if name in flat:
                 raise UserError(f"{where}: column {name!r} holds {flat[name]!r}; expected text")
             raise UserError(_no_column(name, flat, where, _task_key(task, "text_a")))
-        try:
-            flat[name].encode()
-        except UnicodeEncodeError as error:  # files cannot hold it, texts from Python can
-            raise UserError(
-                f"{where}: column {name!r} holds {flat[name][:60]!r}, with half of a surrogate "
-                f"pair at {error.start}; expected Unicode text; remove it"
-            ) from error
     for key, text in (("text_a", task.text_a), ("text_b", task.text_b)):
         if text in flat:
             raise UserError(

@@ -28,7 +28,7 @@ from sead_dist.data.text_files import (
     rows_of_text,
     tsv_stream,
 )
-from sead_dist.errors import UserError, expect, reading, reason, type_of
+from sead_dist.errors import UserError, reading, reason, type_of
 
 Rows = list[dict[str, Any]]
 EXTENSIONS = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow")
@@ -365,29 +365,6 @@ def _column(name: str, values: Sequence[Any]) -> pa.Array:
 def to_rows(data: Any, task: TaskSpec, where: str, allowed: str = SPLITS_OR_ROWS) -> Rows:
     """The rows of data as `to_table` takes them. Class numbers of a data set become its names."""
     return table_rows(to_table(data, where, allowed), task, where)
-
-
-def text_rows(texts: Sequence[Any], task: TaskSpec, skip_malformed: bool | None = None) -> Rows:
-    """Rows of bare texts: a text each, or where the task reads several columns a tuple of them, in
-    the order of `task.fields`. Raises UserError where they do not fit the task. With
-    `skip_malformed` what is no text is the value of each column, which `read_items` skips."""
-    columns = ", ".join(task.fields)
-    if task.reader != "plain":
-        raise UserError(f"task {task.name!r} reads nested rows; give rows, as its files have them")
-    rows: Rows = []
-    for number, given in enumerate(texts, 1):
-        if skip_malformed and not isinstance(given, str | tuple | list):
-            rows.append(dict.fromkeys(task.fields, given))
-            continue
-        expect(f"text {number}", given, str | tuple | list, f"texts of the columns {columns}")
-        parts = (given,) if isinstance(given, str) else given
-        if len(parts) != len(task.fields):
-            raise UserError(
-                f"text {number} is {given!r}, but task {task.name!r} reads {columns}; give "
-                f"{'a text' if len(task.fields) == 1 else f'({columns})'} each, or rows"
-            )
-        rows.append(dict(zip(task.fields, parts, strict=True)))
-    return rows
 
 
 def _list(names: Any) -> str:

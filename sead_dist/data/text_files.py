@@ -9,16 +9,17 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sead_dist.data.tasks import TASKS, TaskSpec
 from sead_dist.errors import UserError, reason
 from sead_dist.runtime.console import counted
 
 Row = dict[str, Any]
+AnyRow = TypeVar("AnyRow", bound=Mapping[str, Any])
 # .txt holds one text on each line; no split of a folder is such a file
 TEXT_KINDS = (".tsv", ".csv", ".jsonl", ".json", ".txt")
 _SKIP_HINT = (
@@ -29,7 +30,7 @@ MALFORMED: Row = {}
 _log = logging.getLogger(__name__)
 
 
-def readable(rows: Iterable[Row]) -> list[Row]:
+def readable(rows: Iterable[AnyRow]) -> list[AnyRow]:
     """The rows that were not skipped."""
     return [row for row in rows if row is not MALFORMED]
 

@@ -22,12 +22,12 @@ from sead_dist.config.schema import RunConfig
 from sead_dist.config.sections import Labels
 from sead_dist.config.yaml_text import parse_yaml, to_yaml
 from sead_dist.data.examples import ExampleSet, build_examples
+from sead_dist.data.formats import text_rows
 from sead_dist.data.loading import (
     SPLITS_OR_ROWS,
     TEXTS_OR_ROWS,
     Rows,
     read_rows,
-    text_rows,
     to_rows,
     to_table,
 )

@@ -17,7 +17,8 @@ import torch
 
 import sead_dist as sd
 from sead_dist.config.load import load_config
-from sead_dist.data.loading import read_rows, text_rows, to_rows
+from sead_dist.data.formats import text_rows
+from sead_dist.data.loading import read_rows, to_rows
 from sead_dist.data.tasks import TASKS
 from sead_dist.objectives.losses import SOFT_LOSSES, hard_loss, soft_loss
 from sead_dist.objectives.weightings import Weighting
