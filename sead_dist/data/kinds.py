@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from sead_dist.data.tasks import TaskSpec
 
 
+# the loss of scores is their squared difference in float32
+LARGEST_SCORE = 1e18
+
+
 class TaskKind(ABC):
     """One kind of task. A subclass gives every attribute that has no value here."""
 
@@ -170,6 +174,11 @@ class Regression(TaskKind):
         low, high = task.score_range or (0.0, 0.0)
         if not -math.inf < low < high < math.inf:
             return f"score_range is {task.score_range}; give [lowest, highest]"
+        if max(-low, high) > LARGEST_SCORE:
+            return (
+                f"score_range is [{low:g}, {high:g}], and float32 does not hold the squares of "
+                f"such scores; give at most {LARGEST_SCORE:g}, and divide the scores by a number"
+            )
         return None
 
     def label_parser(self, task: "TaskSpec") -> Callable[[Any, str], float]:

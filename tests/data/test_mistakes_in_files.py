@@ -74,6 +74,17 @@ def test_a_task_s_file_is_told_with_what_was_meant(lines, said, tmp_path):
     assert str(caught.value) == f"task file {file}: {said}"
 
 
+@pytest.mark.parametrize("scores", [(0, 1e19), (-1e30, 0)])
+def test_scores_whose_squares_float32_does_not_hold_are_rejected(scores):
+    def task(scores):
+        own = TaskSpec("mine", "regression", "{t}", score_range=scores, metrics=("pearson",))
+        return checked_task(own)
+
+    with pytest.raises(UserError, match=r"score_range is \[.*\], and float32 .*divide the scores"):
+        task(scores)
+    assert task((-1e18, 1e18)).score_range == (-1e18, 1e18)
+
+
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
