@@ -26,10 +26,10 @@ class Lengths:
     labels = ("positive", "negative")
 
     def __init__(self, path, task):
-        self.needed = []
+        self.counts = []
 
     def answer(self, texts_a, texts_b):
-        self.needed.append(len(texts_a))
+        self.counts.append(len(texts_a))
         return np.array([[len(text), 0.0] for text in texts_a])
 
 
@@ -65,7 +65,7 @@ def test_its_answers_come_in_pieces_and_its_classes_are_aligned_by_name(lengths)
     rows = list(range(599, -1, -1))
     found = collect(teacher.answers, examples, 2, rows)
     assert found[:, 0].tolist() == [len(examples.texts_a[row]) for row in rows]
-    assert teacher.answers.asked == [256, 256, 88]
+    assert teacher.answers.counts == [256, 256, 88]
 
 
 def test_of_choices_each_text_is_asked_for_one_number(lengths):
