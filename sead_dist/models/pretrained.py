@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+# one of these says of which kind a tokeniser is
+KIND_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 OLD_WEIGHT_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # a tokeniser is made of these where tokenizer.json is missing; the packages and modules for that
 WORD_FILES = ("*.model", "*.tiktoken")
@@ -261,6 +263,11 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     _check_packages(checkpoint)
+    if not any((checkpoint.folder / name).is_file() for name in KIND_FILES):
+        raise UserError(
+            f"{checkpoint.name}: no file says of which kind its tokeniser is; "
+            f"copy one of {', '.join(KIND_FILES)} of the same model into the folder"
+        )
     with reading(checkpoint.folder, COPY, f"{checkpoint.name}: its tokeniser"):
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True

@@ -30,10 +30,11 @@ from sead_dist.objectives.teacher_weights import (
 class Known:
     """What is known of the teachers before step 1.
 
-    given: the `weight` of each entry. chosen: the number of the teacher that the key `teacher`
-    names. sizes: parameters of each. names: of the teachers. The rest is of the selection split,
-    where the weighting asks for it. scores: None: not validated. logits_NBC: NaN: no prediction.
-    labels_B: NaN or below 0: no label.
+    given: the `weight` of each entry. chosen: the index of the teacher that the key `teacher`
+    names. sizes: parameters of each, without word embeddings. names: of the teachers. The rest is
+    of the selection split: scores and logits_NBC where the teachers were validated on it. None in
+    scores: this teacher was not validated. NaN in logits_NBC: no prediction. NaN or below 0 in
+    labels_B: no label.
     """
 
     given: Sequence[float]

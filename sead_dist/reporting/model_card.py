@@ -360,10 +360,9 @@ def _learnable(files: RunFiles) -> str:
     rows.append(("ensemble", found["ensemble"]))
     low, high = found["interval"]
     over = "the majority baseline" if found["finetuned"] is None else "the fine-tuned student"
-    few = " from so few rows" if found["verdict"] == "cannot be told" else ""
     text = table([f"{found['metric']} on {found['rows']} selection rows", "score"], rows)
     text += (
-        f"\n\nIs there anything to learn: **{found['verdict']}{few}**. The ensemble's gap over "
+        f"\n\nIs there anything to learn: **{found['verdict']}**. The ensemble's gap over "
         f"{over} is {found['gap']:+.4f} ({low:+.4f} to {high:+.4f}, 95%, over rows alone)."
     )
     # a run of an earlier version has none

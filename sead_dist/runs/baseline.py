@@ -75,7 +75,8 @@ class Learnable:
 
     finetuned: the score of the fine-tuned student; None without one. gap: the ensemble's score
     minus `finetuned`, or minus the score of the majority baseline where `finetuned` is None.
-    interval: the 95% interval of the gap over rows. verdict: "yes", "no" or "cannot be told".
+    interval: the 95% interval of the gap over rows. verdict: "yes", "no", "cannot be told from so
+    few rows" or "cannot be told without a fine-tuned student".
     """
 
     metric: str
@@ -97,12 +98,16 @@ class ScoredTask(TypedDict):
     task: str
 
 
-def verdict(interval: tuple[float, float]) -> str:
-    """Whether the gap with this interval is real: "yes", "no" or "cannot be told"."""
+def verdict(interval: tuple[float, float], has_finetuned: bool) -> str:
+    """Whether there is anything to learn, by the interval of the ensemble's gap.
+
+    has_finetuned: whether the gap is over the fine-tuned student. A gap over the majority baseline
+    never gives "yes": fine-tuning alone may have it too.
+    """
     low, high = interval
     if low > 0:
-        return "yes"
-    return "no" if high < WORTH else "cannot be told"
+        return "yes" if has_finetuned else "cannot be told without a fine-tuned student"
+    return "no" if high < WORTH else "cannot be told from so few rows"
 
 
 def baseline_logits(baseline: Path, task: TaskSpec, selection: ExampleSet) -> NDArray[np.float32]:
@@ -173,7 +178,7 @@ def compare_ensemble(
         ensemble=compute_metrics(task, ensemble_BC, selection)[metric],
         gap=gap.value,
         interval=gap.interval,
-        verdict=verdict(gap.interval),
+        verdict=verdict(gap.interval, finetuned is not None),
     )
 
 
@@ -252,10 +257,7 @@ def learnable_line(found: Learnable) -> str:
     low, high = found.interval
     over = "the majority baseline" if found.finetuned is None else "the fine-tuned student"
     line += f"ensemble {found.ensemble:.4f}; the ensemble's gap over {over} is {found.gap:+.4f} "
-    line += f"({low:+.4f} to {high:+.4f}): {found.verdict}"
-    if found.verdict == "cannot be told":
-        line += " from so few rows"
-    return line
+    return line + f"({low:+.4f} to {high:+.4f}): {found.verdict}"
 
 
 def kept_shares(baseline: Path, scores: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:

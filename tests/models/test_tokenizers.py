@@ -71,6 +71,19 @@ def test_an_end_token_that_ends_texts_pads_nothing(tmp_path, end):
         load_tokenizer(locate(str(tmp_path)))
 
 
+def test_a_vocabulary_alone_does_not_say_of_which_kind_it_is(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "plot", "was", "good"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    alone = locate(str(tmp_path), marks=pretrained.TOKENIZER_FILES)
+    with pytest.raises(
+        UserError, match=r"no file says of which kind .* copy one of tokenizer\.json"
+    ):
+        load_tokenizer(alone)
+    # the config of its model is enough, as docs/models.md says
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert load_tokenizer(alone)("the plot")["input_ids"] == [2, 5, 6, 3]
+
+
 def sentencepiece_model(folder):
     spm = pytest.importorskip("sentencepiece")
     text = folder / "text.txt"

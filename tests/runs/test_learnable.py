@@ -26,6 +26,7 @@ from sead_dist.runs.baseline import (
     compare_ensemble,
     fit,
     kept_shares,
+    learnable_line,
     second_ensemble,
     second_ensemble_line,
     share_lines,
@@ -39,9 +40,15 @@ from sead_dist.runtime.run_log import is_finished
 
 
 def test_the_verdict_goes_by_the_interval():
-    assert verdict((0.001, 0.2)) == "yes"
-    assert verdict((-0.02, 0.0099)) == "no"
-    assert verdict((-0.02, 0.02)) == "cannot be told"
+    assert verdict((0.001, 0.2), True) == "yes"
+    assert verdict((-0.02, 0.0099), True) == "no"
+    assert verdict((-0.02, 0.02), True) == "cannot be told from so few rows"
+
+
+def test_a_gap_over_the_best_constant_answer_says_nothing_of_fine_tuning():
+    assert verdict((0.1, 0.2), False) == "cannot be told without a fine-tuned student"
+    assert verdict((-0.02, 0.0099), False) == "no"
+    assert verdict((-0.02, 0.02), False) == "cannot be told from so few rows"
 
 
 def test_a_teacher_that_is_given_twice_is_told(tmp_path):
@@ -77,10 +84,12 @@ def test_what_there_is_to_learn_is_the_ensembles_gap_over_the_fine_tuned_student
     alike = compare_ensemble(
         TASK, selection, [0.8], ["a"], ensemble_BC, answers(labels_B, slice(1, 21))
     )
-    assert alike.verdict == "cannot be told"
+    assert alike.verdict == "cannot be told from so few rows"
     alone = compare_ensemble(TASK, selection, [0.8], ["a"], ensemble_BC, None)
     assert alone.finetuned is None
     assert alone.gap == pytest.approx(0.4)
+    assert alone.verdict == "cannot be told without a fine-tuned student"
+    assert learnable_line(alone).endswith(": cannot be told without a fine-tuned student")
 
 
 def test_a_share_is_told_where_there_is_a_gap(tmp_path):
