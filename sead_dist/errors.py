@@ -112,7 +112,9 @@ def reason(error: BaseException) -> str:
     if type(error).__name__ == "ValidationError":  # pydantic's, of many lines
         mistake = error.errors()[0]  # type: ignore[attr-defined]
         return one_line(f"{'.'.join(map(str, mistake['loc']))}: {mistake['msg']}")[:300]
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # a line that ends in a colon says nothing without the lines that it announces
+    first = " ".join(lines) if lines and lines[0].endswith(":") else next(iter(lines), "")
     kind = type(error).__name__
     return one_line(f"{kind}: {first.rstrip('.')}" if first else kind)[:300]
 

@@ -211,10 +211,31 @@ KINDS: dict[str, TaskKind] = {
 }
 
 
+# attributes of a kind -> their types, and what to give
+ATTRIBUTES: dict[str, tuple[Any, str]] = {
+    "has_classes": (bool, "True or False"),
+    "head_of_labels": (bool, "True or False"),
+    "label_type": (type, "a type of NumPy"),
+    "unlabelled": ((int, float), "a number"),
+    "hard_loss": (str, "the name of a hard loss"),
+    "soft_losses": ((tuple, list), "a tuple of names of losses"),
+    "default_metrics": ((tuple, list), "a tuple of names of metrics"),
+    "metric_names": (Callable, "a function: reader -> names of metrics"),
+    "compute": (Callable, "a function: (names, logits_BC, inputs) -> a score for each name"),
+    "constant": (Callable, "a function: (name, classes, inputs) -> a score"),
+}
+
+
 def register_task_kind(kind: TaskKind) -> None:
-    """Let tasks name this kind. Raises UserError where another has the name."""
+    """Let tasks name this kind. Raises UserError where another has the name, or where an attribute
+    is missing or of another type."""
     fix = "an instance of a class of TaskKind"
     expect("kind", kind, TaskKind, fix)
+    name = getattr(kind, "name", None)
+    expect("name of the kind of task", name, str, "the name that tasks give as `kind`")
+    for attribute, (types, what) in ATTRIBUTES.items():
+        given = getattr(kind, attribute, None)
+        expect(f"{attribute} of the kind of task {name!r}", given, types, what)
     take_name("kind of task", kind.name, kind, TaskKind, fix)
     KINDS[kind.name] = kind
 

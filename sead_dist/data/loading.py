@@ -101,9 +101,14 @@ def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
     A name counts if it is one of the task's names for the split, or such a name as `datasets`
     writes it (`train-00000-of-00002.parquet`, `glue-train.arrow`, a saved folder `train/`).
     """
+    may_be_cut = task.hub is None and len(task.splits) == 2
     if not path.is_dir():
         what = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UserError(f"data.path {path} {what}; give the folder that holds the split files")
+        one = f", or data.train={path} for a file of all rows" if path.is_file() else ""
+        raise UserError(
+            f"data.path {path} {what}; give the folder that holds the split files"
+            f"{one if may_be_cut else ''}"
+        )
     names = "|".join(map(re.escape, task.splits[split]))
     plain = re.compile(rf"(?:{names})(-\d+-of-\d+)?")
     cached = re.compile(rf"[\w.]+-(?:{names})(-\d+-of-\d+)?")  # as `datasets` names its cache
@@ -120,8 +125,8 @@ def find_files(task: TaskSpec, split: str, path: Path) -> list[Path]:
         raise UserError(f"{path} has {_list(found)} for the {split} split; keep one of them")
     if not found:
         key = "train" if split == "train" else "validation"
-        may_be_cut = key == "validation" and task.hub is None and len(task.splits) == 2
-        alone = ", or data.train=FILE alone, of which a part is held out" if may_be_cut else ""
+        held_out = key == "validation" and may_be_cut
+        alone = ", or data.train=FILE alone, of which a part is held out" if held_out else ""
         held = _list(sorted(file.name for file in path.iterdir())) or "nothing"
         raise UserError(
             f"no {split} file in {path}; expected {_list(task.splits[split])} with one of "

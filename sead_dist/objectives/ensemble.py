@@ -125,8 +125,13 @@ def make_ensemble(
 
 def frozen_weights(name: str, known: Known) -> torch.Tensor:
     """weights_N of this ensemble, fixed before step 1, of sum 1. Raises UserError where all are 0,
-    or one is below 0."""
+    one is below 0, or there is not one for each teacher."""
     weights_N = WEIGHTINGS[name].frozen(known)
+    if weights_N.shape != (len(known.given),):
+        raise UserError(
+            f"ensemble={name} gave weights of the shape {tuple(weights_N.shape)} before the first "
+            f"step; expected one for each of the {len(known.given)} teachers; correct its plugin"
+        )
     if not bool((weights_N >= 0).all()):
         raise UserError(
             f"ensemble={name} gave the weights {weights_N.tolist()}; expected 0 or more; correct "

@@ -30,10 +30,10 @@ from sead_dist.objectives.teacher_weights import (
 class Known:
     """What a run has of the teachers before step 1.
 
-    given: the `weight` of each entry. chosen: the number of the teacher that the key `teacher`
-    names. sizes: parameters of each. names: of the teachers. The rest is of the selection split,
-    where the weighting needs it. scores: None: not validated. logits_NBC: NaN: no prediction.
-    labels_B: NaN or below 0: no label.
+    given: the `weight` of each entry. chosen: the index of the teacher that the key `teacher`
+    names. sizes: parameters of each, without word embeddings. names: of the teachers. The rest is
+    of the selection split. scores: None: not validated. logits_NBC: NaN: no prediction. labels_B:
+    NaN or below 0: no label.
     """
 
     given: Sequence[float]

@@ -89,6 +89,7 @@ def needed_share(
         given=[teacher.entry.weight for teacher in teachers],
         chosen=None if config.teacher is None else names.index(config.teacher),
         sizes=[teacher.parameters for teacher in teachers],
+        names=names,
     )
     return WEIGHTINGS[config.ensemble].shares(known, passes, train.routes_B)
 

@@ -271,6 +271,7 @@ def frozen_ensemble(
     known = Known(
         given=[teacher.entry.weight for teacher in teachers],
         chosen=None if config.teacher is None else names.index(config.teacher),
+        sizes=[teacher.parameters for teacher in teachers],
         scores=[validation.score for validation in validations] or [None] * len(teachers),
         names=names,
         labels_B=splits.selection.examples.labels_B,

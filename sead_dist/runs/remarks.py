@@ -92,8 +92,9 @@ def _of_scores(task: TaskSpec, splits: RunSplits, scores: Mapping[str, Any]) -> 
         if gap is not None and gap["interval"][0] <= 0:
             low, high = gap["interval"]
             yield (
-                f"the ensemble is no better than its best teacher {gap['teacher']} on {name}: "
-                f"{metric} {gap['gap']:+.4f} ({low:+.4f} to {high:+.4f}, 95%, over rows)"
+                f"the ensemble is not better beyond chance on {name} than {gap['teacher']}, its "
+                f"best teacher by the selection split: {metric} {gap['gap']:+.4f} ({low:+.4f} to "
+                f"{high:+.4f}, 95%, over rows)"
             )
         for who, classes in of["never_predicted"].items():
             if classes:

@@ -315,7 +315,8 @@ def gaps_sentences(found: Sequence[MethodGap], name: str) -> str:
     better = sum(gap.colour == BLUE for gap in single)
     worse = sum(gap.colour == RED for gap in single)
     if all(gap.interval is None for gap in single):
-        return f"{number} of single runs, without intervals: each of them may be chance."
+        one = len(single) == 1
+        return f"{number} without {'an interval: it' if one else 'intervals: each'} may be chance."
     left = sum(gap.p_holm is not None and gap.p_holm < 1 - LEVEL for gap in single)
     return (
         f"Of {number}, {better} are above and {worse} below {name} beyond chance, each taken "

@@ -262,9 +262,25 @@ def test_each_example_of_the_page_is_a_plugin_that_registers_one_thing(tmp_path)
         load_plugins([str(path)])
         added = {what: set(names) - set(before[what]) for what, names in ADDED.owners.items()}
         found.append([what for what, new in added.items() for _ in new])
-    assert found == [["loss"], ["ensemble"], ["kind of teacher"], ["kind of task"]]
+    ensembles, kinds = [["ensemble"]] * 2, [["kind of task"]] * 2
+    assert found == [["loss"], *ensembles, ["kind of teacher"], *kinds]
     for plugin in [plugin for plugin in ADDED.files if plugin]:
         ADDED.forget(plugin)
+
+
+def test_the_pages_weighting_by_size_gets_the_teachers_sizes_in_a_run(task, tmp_path):
+    data, model = task
+    (block,) = re.findall(
+        r"```python\n((?:(?!```).)*BySize.*?)```", PAGE.read_text("utf-8"), re.DOTALL
+    )
+    (tmp_path / "by_size.py").write_text(block)
+    larger = save_teacher(tmp_path / "larger", num_hidden_layers=3)
+    keys = {"plugins": f"[{tmp_path / 'by_size.py'}]", "ensemble": "by_size"}
+    run("distill", words(data, [model, larger], tmp_path / "run", **keys))
+    of_one, of_three = read(tmp_path / "run" / "ensemble.json")["weights"]
+    assert of_one + of_three == pytest.approx(1)
+    # three layers, each larger than the rest of the model
+    assert of_three > 1.5 * of_one > 0
 
 
 def refused(match: str, *paths: Path) -> None:

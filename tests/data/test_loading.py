@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -273,8 +274,15 @@ def test_missing_files_and_folders_are_named(tmp_path):
         load(SST2, "train", tmp_path)
     with pytest.raises(UserError, match=r"expected validation, dev, val .*data.validation=FILE"):
         load(SST2, "validation", tmp_path)
-    with pytest.raises(UserError, match="is a file, not a folder"):
+    with pytest.raises(UserError, match=r"is a file, not a folder; .* holds the split files$"):
         load(SST2, "train", tmp_path / "train_part.tsv")
+
+
+def test_one_file_given_as_the_folder_of_an_own_task_is_answered_by_the_key_for_it(tmp_path):
+    one = tmp_path / "reviews.csv"
+    one.write_text("sentence,label\n")
+    with pytest.raises(UserError, match=rf"split files, or data\.train={one} for a file of all"):
+        load(replace(SST2, hub=None), "train", one)
 
 
 def test_empty_split_is_named(tmp_path):

@@ -118,6 +118,26 @@ def test_a_name_that_is_taken_is_refused(graded):
         register_task_kind(Graded())
 
 
+@pytest.mark.parametrize(
+    ("attribute", "given", "says"),
+    [
+        ("metric_names", ("near",), "is of type tuple (('near',)); give a function: reader -> "),
+        ("compute", 3, "is of type int (3); give a function: (names, logits_BC, inputs) -> "),
+        ("constant", 0.5, "is of type float (0.5); give a function: (name, classes, inputs) -> "),
+        ("soft_losses", "kl", "is of type str ('kl'); give a tuple of names of losses"),
+        ("default_metrics", None, "is of type NoneType (None); give a tuple of names of metrics"),
+    ],
+)
+def test_an_attribute_of_another_type_is_rejected_when_the_kind_registers(attribute, given, says):
+    kind = Graded()
+    setattr(kind, attribute, given)
+    with pytest.raises(UserError) as told:
+        register_task_kind(kind)
+    assert str(told.value).startswith(f"{attribute} of the kind of task 'graded' {says}")
+    assert "graded" not in KINDS
+    assert "graded" not in ADDED.owners["kind of task"]
+
+
 def test_a_kind_of_task_has_a_hard_loss_of_its_own(doubled):
     _, train_line = doubled
     own, usual = train_line("own", "doubled"), train_line("usual", "classification")

@@ -252,6 +252,12 @@ def test_a_registered_weighting_may_freeze_weights_and_leave_the_rest(older):
         UserError, match=r"ensemble=older gave the weights \[2.0, -1.0\]; expected 0 or more"
     ):
         frozen_weights("older", [1.0, 1.0], [], None)
+    Older.frozen = lambda self, known: torch.ones(3)
+    with pytest.raises(
+        UserError,
+        match=r"ensemble=older gave weights of the shape \(3,\) .* each of the 2 teachers",
+    ):
+        frozen_weights("older", [1.0, 1.0], [], None)
 
 
 def test_a_weighting_of_an_older_version_is_refused_with_the_new_name():

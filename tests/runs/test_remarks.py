@@ -142,8 +142,11 @@ def test_an_ensemble_no_better_than_its_best_member_is_told_by_interval_everywhe
     told = read(run / "scores.json")
     gap = told["splits"]["validation"]["ensemble_gap"]
     assert gap["interval"][0] <= 0 <= gap["interval"][1]
-    (line,) = [line for line in told["remarks"] if line.startswith("the ensemble is no better")]
-    assert line.startswith(f"the ensemble is no better than its best teacher {gap['teacher']} on ")
+    (line,) = [line for line in told["remarks"] if line.startswith("the ensemble is not better")]
+    assert line.startswith(
+        f"the ensemble is not better beyond chance on validation than {gap['teacher']}, its best "
+        "teacher by the selection split: accuracy "
+    )
     assert f"WARNING: {line}" in capsys.readouterr().out
     assert f"WARNING: {line}" in (run / "log.txt").read_text()
     assert f"- {line}" in (run / "README.md").read_text()

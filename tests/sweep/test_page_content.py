@@ -117,7 +117,7 @@ def test_one_seed_has_neither_spread_nor_mark_and_says_so(tmp_path):
     one, other = (of["mean"] for of in report["cells"])
     assert gap.value == pytest.approx(other - one)
     assert gap.interval is None
-    assert "1 difference of single runs, without intervals" in text
+    assert "1 difference without an interval: it may be chance." in text
 
 
 def test_differences_are_drawn_with_the_reports_intervals():
